@@ -1,0 +1,5 @@
+"""The CPU's side of the ops: oneDNN int8 matmuls, C++ for what lies between them, eager torch where there is no compiler."""
+
+from lampq_rt.kernels.cpu.machine import has_vnni
+
+__all__ = ["has_vnni"]

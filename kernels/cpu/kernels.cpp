@@ -1,0 +1,393 @@
+// What lies between the int8 matmuls on a CPU: LayerNorm + quantise, quantise, the split of qkv into heads, and attention.
+//
+// Plain C interface, no PyTorch headers: built in a few seconds by whatever C++ compiler the machine has (native.py), called
+// through ctypes with raw pointers. Numerics follow docs/numerics.md; kernels/reference.py is the truth for every function here.
+// Compiled with -ffp-contract=off, so that multiply, add and round happen in the order of the contract.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define LAMPQ_VNNI 1
+#endif
+
+namespace {
+
+// clamp(rne(x * inv + zp), lo, hi) + offset, stored as one byte; both containers have the same bits for offset 0 and 128.
+struct Codes {
+  float inv, zero_point, low, high;
+  int32_t offset;
+
+  inline uint8_t operator()(float x) const {
+    const float code = std::min(std::max(std::nearbyintf(x * inv + zero_point), low), high);
+    return static_cast<uint8_t>(static_cast<int32_t>(code) + offset);
+  }
+};
+
+inline void quantize_row(const float* x, uint8_t* out, int64_t n, const Codes& codes) {
+  const Codes c = codes;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = c(x[i]);
+}
+
+struct AlignedFree {
+  void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], AlignedFree>;
+
+template <typename T>
+Buffer<T> make_buffer(int64_t count) {
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
+}
+
+}  // namespace
+
+extern "C" {
+
+// 1 where lampq_attention is compiled in.
+int lampq_has_attention() {
+#ifdef LAMPQ_VNNI
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+void lampq_quantize(const float* x, uint8_t* out, int64_t n, float inv, float zero_point, float low, float high, int offset,
+                    int threads) {
+  const Codes codes{inv, zero_point, low, high, offset};
+  constexpr int64_t kChunk = 1 << 14;
+  const int64_t chunks = (n + kChunk - 1) / kChunk;
+#pragma omp parallel for num_threads(threads) if (chunks > 1)
+  for (int64_t c = 0; c < chunks; ++c)
+    quantize_row(x + c * kChunk, out + c * kChunk, std::min(kChunk, n - c * kChunk), codes);
+}
+
+// x [rows, width] fp32; weight and bias [width] or null; out [rows, width].
+void lampq_layernorm_quantize(const float* x, const float* weight, const float* bias, uint8_t* out, int64_t rows, int64_t width,
+                              float eps, float inv, float zero_point, float low, float high, int offset, int threads) {
+  const Codes codes{inv, zero_point, low, high, offset};
+#pragma omp parallel num_threads(threads) if (rows > 4)
+  {
+    Buffer<float> row = make_buffer<float>(width);
+    float* y = row.get();
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* in = x + r * width;
+      float sum = 0.f, squares = 0.f;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < width; ++i) sum += in[i];
+      const float mean = sum / static_cast<float>(width);
+#pragma omp simd reduction(+ : squares)
+      for (int64_t i = 0; i < width; ++i) {
+        const float d = in[i] - mean;
+        squares += d * d;
+      }
+      const float rstd = 1.f / std::sqrt(squares / static_cast<float>(width) + eps);
+      if (weight != nullptr && bias != nullptr) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) y[i] = (in[i] - mean) * rstd * weight[i] + bias[i];
+      } else {
+        for (int64_t i = 0; i < width; ++i)
+          y[i] = (in[i] - mean) * rstd * (weight ? weight[i] : 1.f) + (bias ? bias[i] : 0.f);
+      }
+      quantize_row(y, out + r * width, width, codes);
+    }
+  }
+}
+
+}  // extern "C"
+
+namespace {
+
+#if defined(__x86_64__)
+// 16 x 16 bytes: out[j * out_stride + i] = in[i * in_stride + j].
+inline void transpose_16x16(const __m128i (&in)[16], int8_t* out, int64_t out_stride) {
+  __m128i a[16], b[16];
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm_unpacklo_epi8(in[i], in[i + 8]);
+    a[2 * i + 1] = _mm_unpackhi_epi8(in[i], in[i + 8]);
+  }
+  for (int i = 0; i < 8; ++i) {
+    b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
+    b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+  }
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
+    a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
+  }
+  for (int i = 0; i < 8; ++i) {
+    b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
+    b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+  }
+  for (int j = 0; j < 16; ++j) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j * out_stride), b[j]);
+}
+#endif
+
+inline int8_t clamp_code(int8_t code, int8_t low, int8_t high) { return std::min(std::max(code, low), high); }
+
+// One head's v: src [tokens] rows of `stride` bytes, `head_dim` of them used; dst [head_dim, padded], zero in the padding.
+void transpose_head(const int8_t* src, int64_t stride, int8_t* dst, int64_t tokens, int64_t padded, int64_t head_dim, int8_t low,
+                    int8_t high) {
+  int64_t done = 0;
+#if defined(__x86_64__)
+  const __m128i lows = _mm_set1_epi8(low), highs = _mm_set1_epi8(high);
+  for (int64_t j = 0; j + 16 <= head_dim; j += 16, done = j) {
+    for (int64_t n = 0; n < padded; n += 16) {
+      __m128i rows[16];
+      for (int i = 0; i < 16; ++i) {
+        rows[i] = _mm_setzero_si128();
+        if (n + i >= tokens) continue;
+        __m128i row = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + (n + i) * stride + j));
+#ifdef __SSE4_1__
+        row = _mm_min_epi8(_mm_max_epi8(row, lows), highs);
+#else
+        alignas(16) int8_t bytes[16];
+        _mm_store_si128(reinterpret_cast<__m128i*>(bytes), row);
+        for (int8_t& byte : bytes) byte = clamp_code(byte, low, high);
+        row = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
+#endif
+        rows[i] = row;
+      }
+      transpose_16x16(rows, dst + j * padded + n, padded);
+    }
+  }
+  (void)lows;
+  (void)highs;
+#endif
+  for (int64_t j = done; j < head_dim; ++j)
+    for (int64_t n = 0; n < padded; ++n) dst[j * padded + n] = n < tokens ? clamp_code(src[n * stride + j], low, high) : 0;
+}
+
+void copy_rows(const int8_t* src, int64_t stride, int8_t* dst, int64_t tokens, int64_t head_dim, int8_t low, int8_t high) {
+  for (int64_t n = 0; n < tokens; ++n) {
+    const int8_t* in = src + n * stride;
+    int8_t* out = dst + n * head_dim;
+#pragma omp simd
+    for (int64_t j = 0; j < head_dim; ++j) out[j] = clamp_code(in[j], low, high);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// qkv int8 [batch, tokens, 3, heads, head_dim], saturated at 8 bits; q, k [batch, heads, tokens, head_dim];
+// v [batch, heads, head_dim, padded]. Codes are clamped to the ranges given (fewer than 8 bits).
+void lampq_split_heads(const int8_t* qkv, int8_t* q, int8_t* k, int8_t* v, int64_t batch, int64_t tokens, int64_t heads,
+                       int64_t head_dim, int64_t padded, int qk_low, int qk_high, int v_low, int v_high, int threads) {
+  const int64_t width = heads * head_dim, stride = 3 * width;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t task = 0; task < batch * heads; ++task) {
+    const int8_t* src = qkv + (task / heads) * tokens * stride + (task % heads) * head_dim;
+    const int64_t block = task * tokens * head_dim;
+    copy_rows(src, stride, q + block, tokens, head_dim, qk_low, qk_high);
+    copy_rows(src + width, stride, k + block, tokens, head_dim, qk_low, qk_high);
+    transpose_head(src + 2 * width, stride, v + task * padded * head_dim, tokens, padded, head_dim, v_low, v_high);
+  }
+}
+
+}  // extern "C"
+
+#ifdef LAMPQ_VNNI
+namespace {
+
+constexpr int kRows = 6;     // rows of Q a tile
+constexpr int kVectors = 4;  // 16-column vectors a tile: 24 accumulators, 5 operands
+
+// acc[r][v] += a[r, 4*s .. 4*s+3] (u8) . b[s][column][0..3] (s8), for all s < steps.
+template <int R, int V>
+inline void dot_tile(const uint8_t* a, int64_t a_stride, const int32_t* b, int64_t b_stride, int64_t steps, int32_t* out,
+                     int64_t out_stride, const int32_t* init) {
+  __m512i acc[R][V];
+  for (int v = 0; v < V; ++v) {
+    const __m512i start = init ? _mm512_loadu_si512(init + 16 * v) : _mm512_setzero_si512();
+    for (int r = 0; r < R; ++r) acc[r][v] = start;
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    __m512i columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = _mm512_loadu_si512(b + s * b_stride + 16 * v);
+    for (int r = 0; r < R; ++r) {
+      int32_t four;
+      std::memcpy(&four, a + r * a_stride + 4 * s, 4);
+      const __m512i row = _mm512_set1_epi32(four);
+      for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], row, columns[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) _mm512_storeu_si512(out + r * out_stride + 16 * v, acc[r][v]);
+}
+
+template <int R>
+void dot_rows(const uint8_t* a, int64_t a_stride, const int32_t* b, int64_t vectors, int64_t steps, int32_t* out,
+              const int32_t* init) {
+  const int64_t stride = 16 * vectors;
+  int64_t v = 0;
+  for (; v + kVectors <= vectors; v += kVectors)
+    dot_tile<R, kVectors>(a, a_stride, b + 16 * v, stride, steps, out + 16 * v, stride, init ? init + 16 * v : nullptr);
+  const int32_t* rest = init ? init + 16 * v : nullptr;
+  switch (vectors - v) {
+    case 3: dot_tile<R, 3>(a, a_stride, b + 16 * v, stride, steps, out + 16 * v, stride, rest); break;
+    case 2: dot_tile<R, 2>(a, a_stride, b + 16 * v, stride, steps, out + 16 * v, stride, rest); break;
+    case 1: dot_tile<R, 1>(a, a_stride, b + 16 * v, stride, steps, out + 16 * v, stride, rest); break;
+    default: break;
+  }
+}
+
+// out [rows, 16*vectors] = a [rows, 4*steps] (u8) @ b [steps, 16*vectors, 4] (s8) + init, rows <= kRows.
+void dot_block(int64_t rows, const uint8_t* a, int64_t a_stride, const int32_t* b, int64_t vectors, int64_t steps, int32_t* out,
+               const int32_t* init) {
+  switch (rows) {
+    case 6: dot_rows<6>(a, a_stride, b, vectors, steps, out, init); break;
+    case 5: dot_rows<5>(a, a_stride, b, vectors, steps, out, init); break;
+    case 4: dot_rows<4>(a, a_stride, b, vectors, steps, out, init); break;
+    case 3: dot_rows<3>(a, a_stride, b, vectors, steps, out, init); break;
+    case 2: dot_rows<2>(a, a_stride, b, vectors, steps, out, init); break;
+    default: dot_rows<1>(a, a_stride, b, vectors, steps, out, init); break;
+  }
+}
+
+// 2^x for x <= 0; relative error below 3e-7. 2^f on [-1/2, 1/2] by its Taylor polynomial of degree 6.
+inline __m512 exp2_nonpositive(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
+  __m512 p = _mm512_set1_ps(1.540353039338161e-4f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.333355814642844e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618129107628477e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550410866482158e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402265069591007e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931471805599453e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
+  return _mm512_scalef_ps(p, whole);
+}
+
+// One row of logits to codes of its unnormalised softmax; gives the sum of exponentials.
+// acc int32 [16*vectors], columns >= tokens are garbage; p_q u8 [16*vectors], zero there.
+inline float softmax_row(const int32_t* acc, uint8_t* p_q, int64_t tokens, int64_t vectors, float scale, float top) {
+  const auto mask_of = [tokens](int64_t v) -> __mmask16 {
+    const int64_t left = tokens - 16 * v;
+    return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << std::max<int64_t>(left, 0)) - 1);
+  };
+  __m512i most = _mm512_set1_epi32(INT32_MIN);
+  for (int64_t v = 0; v < vectors; ++v)
+    most = _mm512_mask_max_epi32(most, mask_of(v), most, _mm512_loadu_si512(acc + 16 * v));
+  const __m512 c = _mm512_set1_ps(scale);
+  const __m512 shift = _mm512_set1_ps(static_cast<float>(_mm512_reduce_max_epi32(most)) * scale);
+  const __m512 tops = _mm512_set1_ps(top);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t v = 0; v < vectors; ++v) {
+    const __m512 logit = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(acc + 16 * v)), c);
+    const __m512 e = _mm512_maskz_mov_ps(mask_of(v), exp2_nonpositive(_mm512_sub_ps(logit, shift)));
+    sum = _mm512_add_ps(sum, e);
+    const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(e, tops));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p_q + 16 * v), _mm512_cvtepi32_epi8(code));
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// rows of 32-bit words [rows, words] to [words, columns], zero where column >= rows.
+void transpose_words(const int8_t* src, int64_t rows, int64_t src_stride, int64_t words, int32_t* dst, int64_t columns) {
+  std::memset(dst, 0, static_cast<size_t>(words * columns) * 4);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t w = 0; w < words; ++w) std::memcpy(dst + w * columns + r, src + r * src_stride + 4 * w, 4);
+}
+
+struct Attention {
+  int64_t heads, tokens, head_dim, padded;
+  float top;
+  Codes codes;
+  bool floating;
+  int64_t key_vectors() const { return (tokens + 15) / 16; }
+  int64_t value_vectors() const { return (head_dim + 15) / 16; }
+};
+
+struct Scratch {
+  explicit Scratch(const Attention& a)
+      : keys(make_buffer<int32_t>(a.head_dim / 4 * 16 * a.key_vectors())),
+        values(make_buffer<int32_t>(a.key_vectors() * 4 * 16 * a.value_vectors())),
+        key_sums(make_buffer<int32_t>(16 * a.key_vectors())),
+        logits(make_buffer<int32_t>(kRows * 16 * a.key_vectors())),
+        product(make_buffer<int32_t>(kRows * 16 * a.value_vectors())),
+        queries(make_buffer<uint8_t>(kRows * a.head_dim)),
+        softmax(make_buffer<uint8_t>(kRows * 16 * a.key_vectors())) {}
+  Buffer<int32_t> keys, values, key_sums, logits, product;
+  Buffer<uint8_t> queries, softmax;
+};
+
+void one_head(const Attention& a, Scratch& s, const int8_t* q, const int8_t* k, const int8_t* v, float logit_scale, float v_scale,
+              void* out, int64_t out_stride) {
+  const int64_t kv = a.key_vectors(), vv = a.value_vectors(), words = a.head_dim / 4;
+  transpose_words(k, a.tokens, a.head_dim, words, s.keys.get(), 16 * kv);
+  transpose_words(v, a.head_dim, a.padded, kv * 4, s.values.get(), 16 * vv);
+  // Queries are read as code + 128: take 128 * sum_d k[n, d] off again.
+  for (int64_t n = 0; n < 16 * kv; ++n) {
+    int32_t sum = 0;
+    if (n < a.tokens)
+      for (int64_t d = 0; d < a.head_dim; ++d) sum += k[n * a.head_dim + d];
+    s.key_sums[n] = -128 * sum;
+  }
+  float sums[kRows];
+  for (int64_t first = 0; first < a.tokens; first += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, a.tokens - first);
+    const int8_t* block = q + first * a.head_dim;
+    for (int64_t i = 0; i < rows * a.head_dim; ++i) s.queries[i] = static_cast<uint8_t>(block[i]) ^ 0x80;
+    dot_block(rows, s.queries.get(), a.head_dim, s.keys.get(), kv, words, s.logits.get(), s.key_sums.get());
+    for (int64_t r = 0; r < rows; ++r)
+      sums[r] = softmax_row(s.logits.get() + r * 16 * kv, s.softmax.get() + r * 16 * kv, a.tokens, kv, logit_scale, a.top);
+    dot_block(rows, s.softmax.get(), 16 * kv, s.values.get(), vv, kv * 4, s.product.get(), nullptr);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float scale = v_scale / (a.top * sums[r]);
+      const int32_t* acc = s.product.get() + r * 16 * vv;
+      const Codes codes = a.codes;
+      if (a.floating) {
+        float* row = static_cast<float*>(out) + (first + r) * out_stride;
+        for (int64_t d = 0; d < a.head_dim; ++d) row[d] = static_cast<float>(acc[d]) * scale;
+      } else {
+        uint8_t* row = static_cast<uint8_t*>(out) + (first + r) * out_stride;
+#pragma omp simd
+        for (int64_t d = 0; d < a.head_dim; ++d) row[d] = codes(static_cast<float>(acc[d]) * scale);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// q, k int8 [batch, heads, tokens, head_dim]; v int8 [batch, heads, head_dim, padded], zero in the padding, padded a multiple of
+// 16; head_dim a multiple of 4. out [batch, tokens, heads * head_dim]: bytes, or fp32 where `floating`.
+void lampq_attention(const int8_t* q, const int8_t* k, const int8_t* v, const float* logit_scale, const float* v_scale, void* out,
+                     int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, int64_t padded, int p_bits, float inv,
+                     float zero_point, float low, float high, int offset, int floating, int threads) {
+  const Attention a{heads, tokens, head_dim, padded, static_cast<float>((1 << p_bits) - 1),
+                    Codes{inv, zero_point, low, high, offset}, floating != 0};
+  const int64_t width = heads * head_dim;
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch(a);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < batch * heads; ++task) {
+      const int64_t start = (task / heads) * tokens * width + (task % heads) * head_dim;
+      void* target = floating ? static_cast<void*>(static_cast<float*>(out) + start)
+                              : static_cast<void*>(static_cast<uint8_t*>(out) + start);
+      const int64_t block = task * tokens * head_dim;
+      one_head(a, scratch, q + block, k + block, v + task * padded * head_dim, logit_scale[task % heads], v_scale[task % heads],
+               target, width);
+    }
+  }
+}
+
+}  // extern "C"
+#endif  // LAMPQ_VNNI

@@ -1,0 +1,195 @@
+"""Builds `kernels.cpp` for this machine once, keeps the library in the user's cache, and calls it through ctypes.
+
+No build system and no PyTorch headers: one compiler call of about two seconds. ctypes releases the interpreter lock during a call,
+so several threads can run models at once. Where no compiler is found, `library()` is None and `eager.py` serves instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lampq_rt.kernels import reference
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = (
+    "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17",
+    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w",
+)  # fmt: skip
+WIDE_FLAG = "-mprefer-vector-width=512"
+"""Tried first; compilers for other processors refuse it."""
+
+BUILD_SECONDS = 120
+
+_i64, _int, _float, _ptr = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+_CODES = [_float, _float, _float, _float, _int]
+SIGNATURES = {
+    "lampq_quantize": [_ptr, _ptr, _i64, *_CODES, _int],
+    "lampq_layernorm_quantize": [_ptr, _ptr, _ptr, _ptr, _i64, _i64, _float, *_CODES, _int],
+    "lampq_split_heads": [_ptr] * 4 + [_i64] * 5 + [_int] * 5,
+    "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_int, *_CODES, _int, _int],
+}
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: $LAMPQ_CACHE, else lampq_rt below the user's cache folder."""
+    named = os.environ.get("LAMPQ_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lampq_rt"
+
+
+def compiler() -> str | None:
+    """Path of a C++ compiler: $CXX, else the first of c++, g++, clang++ that exists."""
+    named = os.environ.get("CXX")
+    names = [named] if named else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, built if need be; None where it cannot be had (logged once, with the reason)."""
+    cxx = compiler()
+    if cxx is None:
+        logger.warning("no C++ compiler found: what lies between the int8 matmuls runs in eager PyTorch, which is slower")
+        return None
+    try:
+        path = cache_folder() / f"cpu-{_key(cxx)}.so"
+        if not path.is_file():
+            _build(cxx, path)
+        loaded = ctypes.CDLL(str(path))
+        for name, types in SIGNATURES.items():
+            if name == "lampq_attention" and not loaded.lampq_has_attention():
+                continue
+            getattr(loaded, name).argtypes = types
+            getattr(loaded, name).restype = None
+        return loaded
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        logger.warning("C++ kernels could not be built (%s): eager PyTorch serves instead, slower", detail.strip()[:300])
+        return None
+
+
+def _key(cxx: str) -> str:
+    """What a build depends on: source, flags, compiler, processor."""
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True).stdout
+    parts = (SOURCE.read_text(), *FLAGS, WIDE_FLAG, version, platform.machine(), _processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))
+
+
+def _build(cxx: str, path: Path) -> None:
+    """Compile into a temporary file and rename: two processes may build at once, none sees half a library."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        target = Path(folder) / "kernels.so"
+        for flags in ([WIDE_FLAG, *FLAGS], [*FLAGS]):
+            command = [cxx, *flags, str(SOURCE), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+            if done.returncode == 0:
+                break
+        else:
+            raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
+        os.replace(target, path)
+
+
+def has_attention() -> bool:
+    """True where the library is there and this CPU has the instructions that its attention is written for."""
+    loaded = library()
+    return loaded is not None and bool(loaded.lampq_has_attention())
+
+
+def _codes(inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> tuple[float, float, float, float, int]:
+    low, high = reference.code_range(bits)
+    return inv_scale, float(zero_point), float(low), float(high), reference.OFFSET if dtype == torch.uint8 else 0
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def quantize(lib: ctypes.CDLL, x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """See `reference.quantize`; `x` fp32, contiguous."""
+    out = torch.empty(x.shape, dtype=dtype)
+    codes = _codes(inv_scale, zero_point, bits, dtype)
+    lib.lampq_quantize(_at(x), _at(out), x.numel(), *codes, torch.get_num_threads())
+    return out
+
+
+def layernorm_quantize(
+    lib: ctypes.CDLL,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    inv_scale: float,
+    zero_point: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.layernorm_quantize`; fp32, contiguous."""
+    out = torch.empty(x.shape, dtype=dtype)
+    width = x.shape[-1]
+    codes = _codes(inv_scale, zero_point, bits, dtype)
+    lib.lampq_layernorm_quantize(
+        _at(x), _at(weight), _at(bias), _at(out), x.numel() // max(width, 1), width, eps, *codes, torch.get_num_threads()
+    )
+    return out
+
+
+def split_heads(lib: ctypes.CDLL, qkv: Tensor, heads: int, qk_bits: int, v_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 codes [B, N, 3*H*d], saturated at 8 bits, to q, k [B, H, N, d] and v [B, H, d, N_pad], clamped to their bits."""
+    batch, tokens, width = qkv.shape
+    head_dim, padded = width // (3 * heads), reference.padded_tokens(tokens)
+    q, k = (torch.empty((batch, heads, tokens, head_dim), dtype=torch.int8) for _ in range(2))
+    v = torch.empty((batch, heads, head_dim, padded), dtype=torch.int8)
+    ranges = (*reference.code_range(qk_bits), *reference.code_range(v_bits))
+    lib.lampq_split_heads(
+        _at(qkv), _at(q), _at(k), _at(v), batch, tokens, heads, head_dim, padded, *ranges, torch.get_num_threads()
+    )
+    return q, k, v
+
+
+def attention(
+    lib: ctypes.CDLL,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor,
+    v_scale: Tensor,
+    p_bits: int,
+    out_inv_scale: float,
+    out_zero_point: int,
+    out_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.attention`; all contiguous, head_dim a multiple of 4, `dtype` fp32 for a floating-point result."""
+    batch, heads, tokens, head_dim = q.shape
+    out = torch.empty((batch, tokens, heads * head_dim), dtype=dtype)
+    floating = out_bits == reference.FLOAT_BITS
+    codes = _codes(out_inv_scale, out_zero_point, 8 if floating else out_bits, dtype)
+    lib.lampq_attention(
+        _at(q), _at(k), _at(v), _at(logit_scale), _at(v_scale), _at(out), batch, heads, tokens, head_dim, v.shape[-1],
+        p_bits, *codes, int(floating), torch.get_num_threads(),
+    )  # fmt: skip
+    return out

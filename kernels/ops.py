@@ -1,0 +1,97 @@
+"""The ops: one schema each, whatever the device. `torch.ops.lampq.<name>` runs oneDNN and C++ on a CPU.
+
+`ops(backend)` gives the same names as plain functions: "native" dispatches by device, "reference" is `reference.py`. Shapes and
+dtypes of every argument are in the docstrings of `reference.py`; a fake of each op here serves tracing (torch.compile, export).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lampq_rt.kernels import reference
+from lampq_rt.kernels.cpu import impl as cpu
+
+LIBRARY = torch.library.Library("lampq", "DEF")
+
+_LINEAR = "Tensor x_q, Tensor w_q, Tensor scale, Tensor column, Tensor? bias"
+_OUT = "float out_inv_scale, int out_zero_point, int out_bits, ScalarType dtype"
+
+SCHEMAS = {
+    "quantize": "(Tensor x, float inv_scale, int zero_point, int bits, ScalarType dtype) -> Tensor",
+    "layernorm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, float inv_scale, int zero_point, int bits, "
+    "ScalarType dtype) -> Tensor",
+    "linear_float": f"({_LINEAR}, str activation, ScalarType dtype) -> Tensor",
+    "linear_requant": f"({_LINEAR}, str activation, {_OUT}) -> Tensor",
+    "linear_residual": f"(Tensor(a!) x, {_LINEAR}) -> ()",
+    "linear_qkv": f"({_LINEAR}, int heads, Tensor out_inv_scale, int qk_bits, int v_bits) -> (Tensor, Tensor, Tensor)",
+    "heads_quantize": "(Tensor qkv, bool norm, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, float eps, "
+    "int heads, Tensor out_inv_scale, int qk_bits, int v_bits) -> (Tensor, Tensor, Tensor)",
+    "attention": f"(Tensor q, Tensor k, Tensor v, Tensor logit_scale, Tensor v_scale, int p_bits, {_OUT}) -> Tensor",
+}
+
+
+def _fake_same(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=args[-1])
+
+
+def _fake_linear(x_q: Tensor, w_q: Tensor, *args: Any) -> Tensor:
+    return x_q.new_empty((*x_q.shape[:-1], w_q.shape[0]), dtype=args[-1])
+
+
+def _fake_residual(x: Tensor, x_q: Tensor, w_q: Tensor, *args: Any) -> None:
+    return None
+
+
+def _fake_heads(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens = x.shape[0], x.shape[1]
+    head_dim = width // (3 * heads)
+    q = x.new_empty((batch, heads, tokens, head_dim), dtype=torch.int8)
+    v = x.new_empty((batch, heads, head_dim, reference.padded_tokens(tokens)), dtype=torch.int8)
+    return q, torch.empty_like(q), v
+
+
+def _fake_qkv(x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, heads: int, *args: Any) -> Any:
+    return _fake_heads(x_q, heads, w_q.shape[0])
+
+
+def _fake_heads_quantize(qkv: Tensor, norm: bool, qw: Any, qb: Any, kw: Any, kb: Any, eps: float, heads: int, *args: Any) -> Any:
+    return _fake_heads(qkv, heads, qkv.shape[-1])
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    batch, heads, tokens, head_dim = q.shape
+    return q.new_empty((batch, tokens, heads * head_dim), dtype=args[-1])
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "quantize": _fake_same,
+    "layernorm_quantize": _fake_same,
+    "linear_float": _fake_linear,
+    "linear_requant": _fake_linear,
+    "linear_residual": _fake_residual,
+    "linear_qkv": _fake_qkv,
+    "heads_quantize": _fake_heads_quantize,
+    "attention": _fake_attention,
+}
+
+
+def _define() -> SimpleNamespace:
+    for name, schema in SCHEMAS.items():
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, getattr(cpu, name), "CPU")
+        torch.library.register_fake(f"lampq::{name}", _FAKES[name], lib=LIBRARY)
+    return SimpleNamespace(**{name: getattr(torch.ops.lampq, name).default for name in SCHEMAS})
+
+
+NATIVE = _define()
+REFERENCE = SimpleNamespace(**{name: getattr(reference, name) for name in SCHEMAS})
+
+
+def ops(backend: str) -> SimpleNamespace:
+    """The ops of `backend`, "native" or "reference", as functions called by the names in `SCHEMAS`."""
+    return {"native": NATIVE, "reference": REFERENCE}[backend]

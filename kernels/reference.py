@@ -1,0 +1,256 @@
+"""The truth: every op of `kernels/ops.py` in plain torch, slow and exact. Fast paths must meet it (docs/numerics.md).
+
+Codes of activations travel in one of two containers with the same meaning: int8 holds the signed code, uint8 holds code + 128
+(what oneDNN's VNNI kernels read). Zero-points are always those of the signed code. Weights are int8 [N, K], or uint8 [N, K/2]
+with two 4-bit codes a byte (`unpack_int4`). Matrix products run in fp64, where every sum of products of codes is exact.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OFFSET = 128
+"""What the uint8 container adds to a signed code."""
+
+FLOAT_BITS = 16
+"""`out_bits` that asks for a floating-point result."""
+
+NIBBLE_GROUP = 64
+"""Channels of K that share 32 bytes: byte j holds channel j (low nibble) and channel j + 32 (high nibble)."""
+
+TOKEN_PAD = 16
+"""Rows of v^T are padded with zeros to a multiple of this many tokens."""
+
+
+def code_range(bits: int, *, weight: bool = False) -> tuple[int, int]:
+    """Smallest and largest signed code; weights leave out -128 (rule 2)."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    return (low + 1, high) if weight and bits == 8 else (low, high)
+
+
+def round_codes(x: Tensor, inv_scale: Tensor | float, zero_point: Tensor | float, low: int, high: int) -> Tensor:
+    """clamp(rne(x * inv_scale + zero_point)) as fp32; the sum is rounded to fp32 before rne (rule 1)."""
+    return (x * inv_scale).add_(zero_point).round_().clamp_(low, high)
+
+
+def store_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Signed codes (any dtype) in the int8 or uint8 container."""
+    return (codes + OFFSET).to(torch.uint8) if dtype == torch.uint8 else codes.to(torch.int8)
+
+
+def load_codes(stored: Tensor) -> Tensor:
+    """Signed codes, int32, of an int8 or uint8 container."""
+    codes = stored.to(torch.int32)
+    return codes - OFFSET if stored.dtype == torch.uint8 else codes
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte.
+
+    Args:
+        codes: int8 [..., K], -8..7, K a multiple of 64.
+
+    Returns:
+        uint8 [..., K/2]; see `NIBBLE_GROUP` for the order.
+    """
+    groups = codes.unflatten(-1, (-1, 2, NIBBLE_GROUP // 2)).to(torch.uint8)
+    return ((groups[..., 0, :] & 15) | (groups[..., 1, :] << 4)).flatten(-2)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Undo `pack_int4`: uint8 [..., K/2] to int8 [..., K]."""
+    groups = packed.unflatten(-1, (-1, NIBBLE_GROUP // 2)).to(torch.int16)
+    nibbles = torch.stack((groups & 15, groups >> 4), dim=-2)
+    return ((nibbles ^ 8) - 8).to(torch.int8).flatten(-3)
+
+
+def dense_weight(w_q: Tensor) -> Tensor:
+    """int8 [N, K] codes of a weight in either container."""
+    return unpack_int4(w_q) if w_q.dtype == torch.uint8 else w_q
+
+
+def matmul_codes(a: Tensor, b: Tensor) -> Tensor:
+    """Exact int32 product of integer matrices [..., M, K] @ [..., K, N]."""
+    return (a.double() @ b.double()).to(torch.int32)
+
+
+def padded_tokens(tokens: int) -> int:
+    """Columns of v^T for that many tokens."""
+    return (tokens + TOKEN_PAD - 1) // TOKEN_PAD * TOKEN_PAD
+
+
+def quantize(x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """Codes of fp32 `x`, same shape (rule 1)."""
+    return store_codes(round_codes(x, inv_scale, zero_point, *code_range(bits)), dtype)
+
+
+def layernorm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    inv_scale: float,
+    zero_point: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes of LayerNorm(x) over the last dimension, statistics in fp32."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
+    return quantize(normed, inv_scale, zero_point, bits, dtype)
+
+
+def accumulate(x_q: Tensor, w_q: Tensor, column: Tensor) -> Tensor:
+    """int32 [..., N]: x_q @ w_q^T plus the column constant (rules 3 and 4)."""
+    return matmul_codes(load_codes(x_q), dense_weight(w_q).t()) + column
+
+
+def linear(
+    x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, activation: str = "none"
+) -> Tensor:
+    """fp32 [..., N]: the dequantised product, bias, and "gelu" (erf form) or "none" (rules 5 and 6)."""
+    y = accumulate(x_q, w_q, column).float() * scale
+    if bias is not None:
+        y = y + bias
+    return F.gelu(y) if activation == "gelu" else y
+
+
+def linear_float(
+    x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype
+) -> Tensor:
+    """`linear` in `dtype`."""
+    return linear(x_q, w_q, scale, column, bias, activation).to(dtype)
+
+
+def linear_requant(
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_inv_scale: float,
+    out_zero_point: int,
+    out_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes of `linear`, [..., N]."""
+    y = linear(x_q, w_q, scale, column, bias, activation)
+    return quantize(y, out_inv_scale, out_zero_point, out_bits, dtype)
+
+
+def linear_residual(
+    x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None
+) -> None:
+    """x += `linear`, in place; the sum is formed in fp32 and rounded once to x's dtype."""
+    x.copy_(x.float() + linear(x_q, w_q, scale, column, bias))
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, 3*H*d] to q, k, v of shape [B, H, N, d], contiguous."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+    return q, k, v
+
+
+def transpose_v(v: Tensor) -> Tensor:
+    """[B, H, N, d] to [B, H, d, N_pad], zero in the padding."""
+    return F.pad(v.transpose(-2, -1), (0, padded_tokens(v.shape[-2]) - v.shape[-2])).contiguous()
+
+
+def linear_qkv(
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    out_inv_scale: Tensor,
+    qk_bits: int,
+    v_bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k int8 [B, H, N, d], v int8 [B, H, d, N_pad]; `out_inv_scale` is fp32 [3*H*d], constant over a head."""
+    return _quantize_heads(*split_heads(linear(x_q, w_q, scale, column, bias), heads), out_inv_scale, qk_bits, v_bits)
+
+
+def heads_quantize(
+    qkv: Tensor,
+    norm: bool,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    eps: float,
+    heads: int,
+    out_inv_scale: Tensor,
+    qk_bits: int,
+    v_bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes as `linear_qkv` gives them, of floating-point `qkv` [B, N, 3*H*d]; `norm` asks for LayerNorm of q and k first."""
+    q, k, v = split_heads(qkv.float(), heads)
+    if norm:
+        q = F.layer_norm(q, q.shape[-1:], q_weight, q_bias, eps)
+        k = F.layer_norm(k, k.shape[-1:], k_weight, k_bias, eps)
+    return _quantize_heads(q, k, v, out_inv_scale, qk_bits, v_bits)
+
+
+def _quantize_heads(
+    q: Tensor, k: Tensor, v: Tensor, out_inv_scale: Tensor, qk_bits: int, v_bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, head_dim = q.shape[1], q.shape[-1]
+    steps = out_inv_scale.view(3, heads, 1, head_dim)
+    q_q, k_q, v_q = (
+        round_codes(t, step, 0.0, *code_range(bits)).to(torch.int8)
+        for t, step, bits in ((q, steps[0], qk_bits), (k, steps[1], qk_bits), (v, steps[2], v_bits))
+    )
+    return q_q, k_q, transpose_v(v_q)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor,
+    v_scale: Tensor,
+    p_bits: int,
+    out_inv_scale: float,
+    out_zero_point: int,
+    out_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """softmax(QK^T)V on codes, requantised (rule 7).
+
+    Args:
+        q: int8 [B, H, N, d].
+        k: int8 [B, H, N, d].
+        v: int8 [B, H, d, N_pad], zero in the padding.
+        logit_scale: fp32 [H], q_scale * k_scale * log2(e) / sqrt(d).
+        v_scale: fp32 [H].
+        p_bits: bits of the codes of the unnormalised softmax, whose row maximum has the top code.
+        out_inv_scale: 1/step of the result's codes; ignored for `out_bits` = 16.
+        out_zero_point: of the signed code.
+        out_bits: 2..8 for codes, 16 for floating point.
+        dtype: container of the codes, or the floating-point dtype.
+
+    Returns:
+        [B, N, H*d] in `dtype`.
+    """
+    tokens = q.shape[-2]
+    logits = matmul_codes(q, k.transpose(-2, -1)).float() * logit_scale.view(-1, 1, 1)
+    e = torch.exp2(logits - logits.amax(-1, keepdim=True))
+    top = float((1 << p_bits) - 1)
+    p_q = (e * top).round()
+    acc = matmul_codes(p_q, v[..., :tokens].transpose(-2, -1)).float()
+    y = acc * (v_scale.view(-1, 1, 1) / (top * e.sum(-1, keepdim=True)))
+    y = y.transpose(1, 2).flatten(2)
+    return y.to(dtype) if out_bits == FLOAT_BITS else quantize(y, out_inv_scale, out_zero_point, out_bits, dtype)
+
+
+def logit_scale(q_scale: Tensor, k_scale: Tensor, head_dim: int) -> Tensor:
+    """fp32 [H]: what turns int32 logits of a head into powers of two."""
+    return (q_scale.double() * k_scale.double() * (math.log2(math.e) / math.sqrt(head_dim))).float()
+
+
+def column_constant(w_q: Tensor, zero_point: int) -> Tensor:
+    """int32 [N]: -zero_point * sum_k w_q[n, k] (rule 4)."""
+    return (-zero_point * dense_weight(w_q).to(torch.int64).sum(1)).to(torch.int32)

@@ -1,0 +1,102 @@
+"""What each backend executes: the menu of formats per site, and the machine's fitness. Nothing is probed at import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lampq_rt.errors import BackendError, FormatError
+from lampq_rt.formats import FLOAT, FLOAT_BITS, INTEGER_BITS, Format
+from lampq_rt.sites import Kind, Site
+
+TARGETS = ("any", "cpu", "cuda")
+"""What `calibrate --target` accepts: "any" is what every backend can run."""
+
+Formats = Mapping[str, Format]
+"""One choice for a site: a format per operand."""
+
+
+def formats(kind: Kind, bits: int, *, input_bits: int | None = None) -> dict[str, Format]:
+    """The formats of a site of that kind at a width: weight and input share it (LampQ), as do a matmul's two operands.
+
+    Args:
+        kind: the site's kind.
+        bits: 2..8, or 16 for floating point.
+        input_bits: width of a linear's input where it differs from the weight's. A patch embedding's is 8 by default.
+    """
+    if bits == FLOAT_BITS:
+        operands = {Kind.QK: ("q", "k"), Kind.PV: ("p", "v")}.get(kind, ("weight", "input"))
+        return dict.fromkeys(operands, FLOAT)
+    if kind is Kind.QK:
+        return dict.fromkeys(("q", "k"), Format(bits, "uniform", "head", True))
+    if kind is Kind.PV:
+        return {"p": Format(bits, "rowmax", "row", True), "v": Format(bits, "uniform", "head", True)}
+    if input_bits is None:
+        input_bits = 8 if kind is Kind.PATCH_EMBED else bits
+    return {
+        "weight": Format(bits, "uniform", "channel", True),
+        "input": Format(input_bits, "uniform", "tensor", False),
+    }
+
+
+def menu(site: Site, target: str = "any") -> tuple[Formats, ...]:
+    """The formats that `target` executes at `site`, narrowest first, floating point last.
+
+    Raises:
+        BackendError: unknown target.
+    """
+    if target not in TARGETS:
+        raise BackendError(f"unknown target {target!r}; allowed: {', '.join(TARGETS)}")
+    return tuple(formats(site.kind, bits) for bits in (*INTEGER_BITS, FLOAT_BITS))
+
+
+def check_formats(site: Site, chosen: Formats) -> None:
+    """Refuse formats that no backend executes at `site`.
+
+    Raises:
+        FormatError: names the site, the operand, what came and what is allowed.
+    """
+    if set(chosen) != set(site.operands):
+        raise FormatError(f"{site.name}: operands {sorted(chosen)}; expected {sorted(site.operands)}")
+    floats = [f.is_float for f in chosen.values()]
+    if any(floats) and not all(floats):
+        raise FormatError(f"{site.name}: both operands must be in floating point, or neither")
+    if all(floats):
+        return
+    for operand, came in chosen.items():
+        allowed = formats(site.kind, came.bits, input_bits=came.bits)[operand]
+        same_up_to_zero_point = Format(came.bits, came.scheme, came.granularity, allowed.symmetric) == allowed
+        if not same_up_to_zero_point or (came.symmetric != allowed.symmetric and operand != "input"):
+            raise FormatError(f"{site.name}: {operand} is {came}; this runtime executes {allowed} there")
+    if site.kind is Kind.QK and chosen["q"] != chosen["k"]:
+        raise FormatError(f"{site.name}: q is {chosen['q']} and k is {chosen['k']}; both must share one format")
+
+
+def resolve(device: str | torch.device | None) -> torch.device:
+    """The device to compile for; None is the CPU.
+
+    Raises:
+        BackendError: the device does not exist here, or this version has no kernels for it.
+    """
+    try:
+        chosen = torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        raise BackendError(f"unknown device {device!r}; allowed: cpu, cuda") from None
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU on this machine; allowed: cpu")
+        raise BackendError("this version has integer kernels for the CPU only; device 'cuda' is not available yet")
+    if chosen.type != "cpu":
+        raise BackendError(f"device {str(device)!r} has no integer kernels; allowed: cpu, cuda")
+    return chosen
+
+
+def fallbacks(plan_sites: Mapping[str, object], device: torch.device) -> dict[str, str]:
+    """Sites that this machine runs in floating point although their codes are integer, with the reason."""
+    from lampq_rt.kernels import cpu
+
+    if device.type != "cpu" or cpu.has_vnni():
+        return {}
+    reason = "this CPU has no VNNI instructions: the products of codes run in floating point"
+    return dict.fromkeys(plan_sites, reason)

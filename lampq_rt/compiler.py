@@ -1,0 +1,157 @@
+"""`lampq_rt.compile`: a floating-point model and a plan become a module that runs integer kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lampq_rt import backends
+from lampq_rt.errors import PlanError
+from lampq_rt.plan import Plan
+from lampq_rt.sites import Description
+
+BACKENDS = ("native", "reference")
+"""`native` runs the device's kernels; `reference` the plain-torch truth, for tests and doubts."""
+
+
+class CompiledModel(nn.Module):
+    """An integer model. Inference only: `forward` as the original's, in eval mode.
+
+    Attributes:
+        model: the original's skeleton with integer modules in place of its sites.
+        plan: the plan it was compiled from.
+        architecture: JSON-able arguments that rebuild the skeleton without the original weights.
+        fallbacks: what runs in floating point although the plan says integer, by site, with the reason.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, architecture: dict[str, Any], fallbacks: dict[str, str]) -> None:
+        super().__init__()
+        self.model = model
+        self.plan = plan
+        self.architecture = architecture
+        self.fallbacks = fallbacks
+
+    def forward(self, images: Tensor) -> Tensor:
+        """fp32 images [B, C, H, W], normalised as for the original, to logits [B, classes]."""
+        return self.model(images)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """fp32 images [B, C, H, W] to token features [B, N, D], as timm's method."""
+        return self.model.forward_features(images)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Token features [B, N, D] to logits, as timm's method."""
+        return self.model.forward_head(features, pre_logits=pre_logits)
+
+    def train(self, mode: bool = True) -> CompiledModel:
+        """Integer models cannot be trained: `train()` leaves eval mode on, so that a caller's habit does no harm."""
+        return super().train(False)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers in memory: codes in their containers, scales, embeddings, norms."""
+        tensors = {t.data_ptr(): t for t in (*self.parameters(), *self.buffers())}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint; see `lampq_rt.checkpoint.save`."""
+        from lampq_rt import checkpoint
+
+        checkpoint.save(self, Path(path))
+
+
+def check_plan(model: nn.Module, plan: Plan) -> Description:
+    """Refuse a plan that does not fit `model`: other weights, other sites, formats that no backend executes.
+
+    Returns:
+        The model's description.
+
+    Raises:
+        PlanError, FormatError: one line that names the site and what is allowed.
+    """
+    from lampq_rt.adapters import describe
+
+    description = describe(model)
+    check_sites(description, plan)
+    plan.check_weights(model)
+    return description
+
+
+def check_sites(description: Description, plan: Plan) -> None:
+    """Refuse a plan whose sites are not exactly those of `description`, or whose tensors have other shapes.
+
+    Raises:
+        PlanError, FormatError: as `check_plan`.
+    """
+    known = {site.name: site for site in description.sites}
+    for name in plan.sites:
+        if name not in known:
+            raise PlanError(f"the plan names site {name!r}, which {description.architecture} does not have")
+    for name, site in known.items():
+        if name not in plan.sites:
+            raise PlanError(f"the plan has no entry for site {name!r} of {description.architecture}")
+        params = plan.sites[name]
+        if params.kind is not site.kind:
+            raise PlanError(f"site {name!r} is a {site.kind} in {description.architecture}, a {params.kind} in the plan")
+        backends.check_formats(site, params.formats)
+        _check_tensors(name, site.out_features, site.in_features, site.heads, plan)
+    for name, site in known.items():
+        if site.is_matmul and plan.sites[name].is_float != plan.sites[f"blocks.{site.block}.attn.qk"].is_float:
+            raise PlanError(f"site {name!r}: qk and pv of one block must both be integer, or both in floating point")
+
+
+def _check_tensors(name: str, out_features: int, in_features: int, heads: int, plan: Plan) -> None:
+    params = plan.sites[name]
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for operand, fmt in params.formats.items():
+        if fmt.is_float or fmt.scheme == "rowmax":
+            continue
+        shape = {"channel": (out_features,), "head": (heads,), "tensor": ()}[fmt.granularity]
+        wanted[f"{operand}.scale"] = (torch.float32, shape)
+        if not fmt.symmetric:
+            wanted[f"{operand}.zero_point"] = (torch.int32, ())
+    optional = {"weight.codes": (torch.int8, (out_features, in_features))}
+    for key, (dtype, shape) in wanted.items():
+        if key not in params.tensors:
+            raise PlanError(f"site {name!r}: the plan lacks the tensor {key}")
+    for key, tensor in params.tensors.items():
+        expected = wanted.get(key) or optional.get(key)
+        if expected is None:
+            raise PlanError(f"site {name!r}: the plan holds a tensor {key} that its formats do not use")
+        if (tensor.dtype, tuple(tensor.shape)) != expected:
+            raise PlanError(
+                f"site {name!r}: {key} is {tensor.dtype} {tuple(tensor.shape)}; expected {expected[0]} {expected[1]}"
+            )
+        if key.endswith(".scale") and not bool(((tensor > 0) & tensor.isfinite()).all()):
+            raise PlanError(f"site {name!r}: {key} must be positive and finite")
+
+
+def compile(  # noqa: A001
+    model: nn.Module, plan: Plan, device: str | torch.device | None = None, *, backend: str = "native"
+) -> CompiledModel:
+    """Swap every site of `model` for integer kernels as `plan` says. `model` itself is left as it is.
+
+    Args:
+        model: a timm model in floating point, with the weights that the plan was made for.
+        plan: from `lampq_rt.calibrate.make_plan`, or `Plan.load`.
+        device: where the result lies, "cpu" (default) or "cuda".
+        backend: "native", or "reference" for the slow truth.
+
+    Raises:
+        ModelError: the model is of no supported family.
+        PlanError, FormatError: the plan does not fit this model.
+        BackendError: the device cannot run it.
+    """
+    from lampq_rt.adapters import adapter_for
+
+    if backend not in BACKENDS:
+        raise backends.BackendError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
+    target = backends.resolve(device)
+    check_plan(model, plan)
+    adapter = adapter_for(model)
+    integer = adapter.integer(model, plan.sites, backend)
+    compiled = CompiledModel(integer, plan, adapter.architecture(model), backends.fallbacks(plan.sites, target))
+    return compiled.to(target).eval().requires_grad_(False)

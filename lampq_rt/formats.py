@@ -1,0 +1,70 @@
+"""The number format of one operand: how many bits, and what the codes mean."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lampq_rt.errors import FormatError
+
+FLOAT_BITS = 16
+"""The width that stands for "left in floating point" (fp16/bf16 on a GPU, fp32 on a CPU)."""
+
+INTEGER_BITS = tuple(range(2, 9))
+"""Widths of integer codes that every backend stores and computes with."""
+
+GRANULARITIES = ("tensor", "head", "channel", "row")
+
+
+@dataclass(frozen=True)
+class Format:
+    """Number format of one operand.
+
+    Attributes:
+        bits: width of a code, 2..8, or 16 for floating point.
+        scheme: name of the quantizer (`lampq_rt.quantizers`): "uniform"; "rowmax" for softmax output whose row maximum
+            has the top code (docs/numerics.md, rule 7); "float" for 16 bits.
+        granularity: what shares one step: "tensor", "head", "channel" (output channel of a weight) or "row".
+        symmetric: True where the zero-point is 0.
+    """
+
+    bits: int
+    scheme: str = "uniform"
+    granularity: str = "tensor"
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or self.bits not in (*INTEGER_BITS, FLOAT_BITS):
+            raise FormatError(f"bits = {self.bits!r}; allowed: 2..8, or 16 for floating point")
+        if (self.bits == FLOAT_BITS) != (self.scheme == "float"):
+            raise FormatError(f"{self.bits} bits with scheme {self.scheme!r}; 16 bits and scheme 'float' go together")
+        if self.granularity not in GRANULARITIES:
+            raise FormatError(f"granularity {self.granularity!r}; allowed: {', '.join(GRANULARITIES)}")
+
+    @property
+    def is_float(self) -> bool:
+        """True where the operand stays in floating point."""
+        return self.bits == FLOAT_BITS
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict, as it stands in plan.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> Format:
+        """The format that `to_json` described.
+
+        Raises:
+            FormatError: `data` is not such a dict; the message starts with `where`.
+        """
+        if not isinstance(data, dict) or set(data) != {"bits", "scheme", "granularity", "symmetric"}:
+            raise FormatError(f"{where}: expected an object with bits, scheme, granularity, symmetric; got {data!r:.120}")
+        if not isinstance(data["symmetric"], bool) or not isinstance(data["scheme"], str):
+            raise FormatError(f"{where}: scheme must be a string and symmetric a boolean; got {data!r:.120}")
+        try:
+            return cls(**data)
+        except (FormatError, TypeError) as error:
+            raise FormatError(f"{where}: {error}") from None
+
+
+FLOAT = Format(FLOAT_BITS, "float")

@@ -1,0 +1,236 @@
+"""Integer modules: codes, scales and the calls into `lampq_rt.kernels.ops`. They know no model family.
+
+Everything that an op needs is a buffer (tensors) or a `Step` (numbers from the plan). Codes of activations lie in uint8 on a CPU
+and int8 elsewhere; see `reference.py` for the two containers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lampq_rt.formats import FLOAT_BITS
+from lampq_rt.kernels import packing, reference
+from lampq_rt.kernels.ops import ops
+from lampq_rt.plan import SiteParams
+from lampq_rt.quantizers import QUANTIZERS
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one activation tensor is quantised: numbers only, so that tracing sees constants.
+
+    Attributes:
+        inv_scale: fp32(1 / scale), as a Python float.
+        zero_point: of the signed code.
+        bits: 2..8; 16 for floating point.
+    """
+
+    inv_scale: float
+    zero_point: int
+    bits: int
+
+    @classmethod
+    def of(cls, params: SiteParams, operand: str = "input") -> Step:
+        """The step of a linear's input; floating point where the site is."""
+        fmt = params.formats[operand]
+        if fmt.is_float:
+            return FLOAT_STEP
+        zero_point = params.tensors.get(f"{operand}.zero_point")
+        inv_scale = params.tensors[f"{operand}.scale"].reciprocal()
+        return cls(float(inv_scale), 0 if zero_point is None else int(zero_point), fmt.bits)
+
+
+FLOAT_STEP = Step(1.0, 0, FLOAT_BITS)
+
+
+def container(x: Tensor) -> torch.dtype:
+    """The dtype in which codes of activations lie on x's device."""
+    return torch.uint8 if x.device.type == "cpu" else torch.int8
+
+
+class IntegerLinear(nn.Module):
+    """A linear on codes. Buffers are those of design rule 5: y = (acc + column) * scale + bias.
+
+    Args:
+        weight: fp32 [N, K].
+        bias: fp32 [N] or None.
+        params: formats and steps of the site; not floating point.
+        gamma: fp32 [N], LayerScale to fold into scale and bias, or None.
+        backend: see `lampq_rt.compiler.BACKENDS`.
+    """
+
+    w_q: Tensor
+    scale: Tensor
+    column: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, params: SiteParams, gamma: Tensor | None = None, backend: str = "native"
+    ) -> None:
+        super().__init__()
+        self.backend = backend
+        self.w_bits = params.formats["weight"].bits
+        self.out_features, self.in_features = weight.shape
+        self.input = Step.of(params)
+        self.has_gamma = gamma is not None
+        codes = weight_codes(weight.detach().float(), params)
+        self.register_buffer("w_q", packing.weight_container(codes, self.w_bits))
+        self.register_buffer("scale", product_scale(params, weight.device, gamma))
+        self.register_buffer("column", reference.column_constant(codes, self.input.zero_point))
+        if bias is not None:
+            bias = bias.detach().float()
+            bias = bias.clone() if gamma is None else bias * gamma.detach().float()
+        self.register_buffer("bias", bias)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes of floating-point `x` in this linear's input format."""
+        step = self.input
+        return ops(self.backend).quantize(x, step.inv_scale, step.zero_point, step.bits, container(x))
+
+    def to_codes(self, x_q: Tensor, out: Step, activation: str) -> Tensor:
+        """Codes [..., N] for the next op, or fp32 where `out` is floating point."""
+        args = (x_q, self.w_q, self.scale, self.column, self.bias, activation)
+        if out.bits == FLOAT_BITS:
+            return ops(self.backend).linear_float(*args, torch.float32)
+        return ops(self.backend).linear_requant(*args, out.inv_scale, out.zero_point, out.bits, container(x_q))
+
+    def to_float(self, x_q: Tensor) -> Tensor:
+        """fp32 [..., N]."""
+        return self.to_codes(x_q, FLOAT_STEP, "none")
+
+    def add_to(self, x: Tensor, x_q: Tensor) -> None:
+        """x += the result, in place."""
+        ops(self.backend).linear_residual(x, x_q, self.w_q, self.scale, self.column, self.bias)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"{self.in_features}, {self.out_features}, weight={self.w_bits} bits, input={self.input.bits} bits"
+
+
+class QuantizingNorm(nn.Module):
+    """A normalisation that gives codes in the format of the linear that follows.
+
+    Args:
+        norm: the original; a LayerNorm is fused with the quantisation, any other is run as it is.
+        step: input format of the linear.
+    """
+
+    def __init__(self, norm: nn.Module, step: Step, backend: str) -> None:
+        super().__init__()
+        self.norm, self.step, self.backend = norm, step, backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Floating point [..., D] to codes [..., D]."""
+        norm, step = self.norm, self.step
+        tail = (step.inv_scale, step.zero_point, step.bits, container(x))
+        if isinstance(norm, nn.LayerNorm):
+            return ops(self.backend).layernorm_quantize(x, norm.weight, norm.bias, norm.eps, *tail)
+        return ops(self.backend).quantize(norm(x), *tail)
+
+
+class IntegerAttention(nn.Module):
+    """Both attention matmuls on codes, softmax between them.
+
+    Args:
+        qk: parameters of the QK^T site.
+        pv: parameters of the PV site.
+        heads: number of heads.
+        head_dim: channels of a head.
+    """
+
+    steps: Tensor
+    logit_scale: Tensor
+    v_scale: Tensor
+
+    def __init__(self, qk: SiteParams, pv: SiteParams, heads: int, head_dim: int, backend: str = "native") -> None:
+        super().__init__()
+        self.backend, self.heads = backend, heads
+        self.qk_bits, self.p_bits, self.v_bits = qk.bits, pv.formats["p"].bits, pv.formats["v"].bits
+        q, k, v = qk.tensors["q.scale"], qk.tensors["k.scale"], pv.tensors["v.scale"]
+        steps = torch.cat([q, k, v]).reciprocal().repeat_interleave(head_dim)
+        self.register_buffer("steps", steps)  # 1/step of every column of qkv, fp32 [3*H*d]
+        self.register_buffer("logit_scale", reference.logit_scale(q, k, head_dim))
+        self.register_buffer("v_scale", v.clone())
+
+    def heads_from_codes(self, qkv: IntegerLinear, x_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v codes from the codes that enter the qkv linear."""
+        args = (x_q, qkv.w_q, qkv.scale, qkv.column, qkv.bias)
+        return ops(self.backend).linear_qkv(*args, self.heads, self.steps, self.qk_bits, self.v_bits)
+
+    def heads_from_float(self, qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v codes from floating point [B, N, 3*H*d], after LayerNorm of q and k where the model has it."""
+        tail = (self.heads, self.steps, self.qk_bits, self.v_bits)
+        if isinstance(q_norm, nn.LayerNorm) and isinstance(k_norm, nn.LayerNorm):
+            norms = (True, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps)
+            return ops(self.backend).heads_quantize(qkv, *norms, *tail)
+        return ops(self.backend).heads_quantize(qkv, False, None, None, None, None, 0.0, *tail)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Step) -> Tensor:
+        """Codes (or fp32 where `out` is floating point) [B, N, H*d] for the output projection."""
+        dtype = torch.float32 if out.bits == FLOAT_BITS else container(q)
+        return ops(self.backend).attention(
+            q, k, v, self.logit_scale, self.v_scale, self.p_bits, out.inv_scale, out.zero_point, out.bits, dtype
+        )
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"heads={self.heads}, qk={self.qk_bits} bits, p={self.p_bits} bits, v={self.v_bits} bits"
+
+
+class IntegerHead(nn.Module):
+    """A classifier on floating-point features: quantise, multiply, dequantise."""
+
+    def __init__(self, linear: IntegerLinear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """fp32 [..., K] to fp32 [..., N]."""
+        return self.linear.to_float(self.linear.quantize(x))
+
+
+class IntegerPatchConv(nn.Module):
+    """A convolution of disjoint patches as a linear on codes.
+
+    Args:
+        linear: weight [N, C*ph*pw].
+        patch: (ph, pw).
+    """
+
+    def __init__(self, linear: IntegerLinear, patch: tuple[int, int]) -> None:
+        super().__init__()
+        self.linear, self.patch = linear, patch
+
+    def forward(self, images: Tensor) -> Tensor:
+        """fp32 [B, C, H, W] to fp32 [B, N, H/ph, W/pw]; a remainder of H or W is left out, as a convolution does."""
+        (ph, pw), (height, width) = self.patch, images.shape[-2:]
+        rows, columns = height // ph, width // pw
+        codes = self.linear.quantize(images[..., : rows * ph, : columns * pw])
+        patches = codes.unflatten(-1, (columns, pw)).unflatten(-3, (rows, ph))  # [B, C, rows, ph, columns, pw]
+        x_q = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, rows*columns, C*ph*pw]
+        return self.linear.to_float(x_q).transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def weight_codes(weight: Tensor, params: SiteParams) -> Tensor:
+    """int8 [N, K] codes of a weight: the plan's where it decided the rounding, else nearest."""
+    given = params.tensors.get("weight.codes")
+    if given is not None:
+        return given.to(weight.device)
+    fmt, scale = params.formats["weight"], params.tensors["weight.scale"].to(weight.device)
+    return QUANTIZERS.get(fmt.scheme).quantize(weight, scale[:, None], None, fmt.bits, weight=True).to(torch.int8)
+
+
+def product_scale(params: SiteParams, device: torch.device, gamma: Tensor | None = None) -> Tensor:
+    """fp32 [N]: step of the input times steps of the weight (times LayerScale), rounded once (rule 5)."""
+    product = params.tensors["input.scale"].double() * params.tensors["weight.scale"].double()
+    product = product.to(device)
+    return (product if gamma is None else product * gamma.detach().double()).float()
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Floating-point attention of [B, H, N, d], to [B, N, H*d]."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -1,0 +1,184 @@
+"""The transformer block on codes, and how a timm VisionTransformer is rebuilt from such blocks.
+
+Between two residual additions everything stays integer where the plan says so; a part that the plan leaves in floating point takes
+and gives floating point, and its neighbours quantise or dequantise inside their own ops.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lampq_rt.errors import ModelError
+from lampq_rt.modules import (
+    FLOAT_STEP,
+    IntegerAttention,
+    IntegerHead,
+    IntegerLinear,
+    IntegerPatchConv,
+    QuantizingNorm,
+    Step,
+    softmax_attention,
+)
+from lampq_rt.plan import SiteParams
+from lampq_rt.sites import Description, Kind
+
+
+class AttentionPart(nn.Module):
+    """x += proj(attention(qkv(norm(x)))), each of the three integer or in floating point."""
+
+    def __init__(self, block: nn.Module, prefix: str, sites: Mapping[str, SiteParams], backend: str) -> None:
+        super().__init__()
+        attn = block.attn
+        self.heads, self.head_dim = attn.num_heads, attn.head_dim
+        qkv, proj = sites[f"{prefix}.attn.qkv"], sites[f"{prefix}.attn.proj"]
+        qk, pv = sites[f"{prefix}.attn.qk"], sites[f"{prefix}.attn.pv"]
+        gamma = getattr(block.ls1, "gamma", None)
+        self.qkv = _linear(attn.qkv, qkv, None, backend)
+        self.proj = _linear(attn.proj, proj, gamma, backend)
+        self.norm = _norm(block.norm1, self.qkv, backend)
+        self.scale = nn.Identity() if isinstance(self.proj, IntegerLinear) else block.ls1
+        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
+        self.matmuls = None if qk.is_float else IntegerAttention(qk, pv, self.heads, self.head_dim, backend)
+        self.plain = isinstance(self.qkv, IntegerLinear) and isinstance(self.q_norm, nn.Identity)
+
+    def add_to(self, x: Tensor) -> Tensor:
+        """[B, N, D]; the result may share x's memory."""
+        out_step = self.proj.input if isinstance(self.proj, IntegerLinear) else FLOAT_STEP
+        out = self._mixed_tokens(self.norm(x), out_step)
+        return _add_linear(x, self.proj, self.scale, out, out_is_float=self.matmuls is None)
+
+    def _mixed_tokens(self, x: Tensor, out: Step) -> Tensor:
+        """What enters the projection: codes in its format from integer matmuls, else floating point."""
+        if self.matmuls is not None and self.plain:
+            return self.matmuls(*self.matmuls.heads_from_codes(self.qkv, x), out)
+        qkv = self.qkv.to_float(x) if isinstance(self.qkv, IntegerLinear) else self.qkv(x)
+        if self.matmuls is not None:
+            return self.matmuls(*self.matmuls.heads_from_float(qkv, self.q_norm, self.k_norm), out)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return softmax_attention(self.q_norm(q), self.k_norm(k), v)
+
+
+class MlpPart(nn.Module):
+    """x += fc2(act(fc1(norm(x)))), each linear integer or in floating point."""
+
+    def __init__(self, block: nn.Module, prefix: str, sites: Mapping[str, SiteParams], backend: str) -> None:
+        super().__init__()
+        mlp = block.mlp
+        self.fc1 = _linear(mlp.fc1, sites[f"{prefix}.mlp.fc1"], None, backend)
+        self.fc2 = _linear(mlp.fc2, sites[f"{prefix}.mlp.fc2"], getattr(block.ls2, "gamma", None), backend)
+        self.norm = _norm(block.norm2, self.fc1, backend)
+        self.scale = nn.Identity() if isinstance(self.fc2, IntegerLinear) else block.ls2
+        self.act = mlp.act
+        self.fused = _is_gelu(mlp.act) and isinstance(self.fc1, IntegerLinear)
+
+    def add_to(self, x: Tensor) -> Tensor:
+        """[B, N, D]; the result may share x's memory."""
+        hidden = self.norm(x)
+        if isinstance(self.fc1, IntegerLinear) and self.fused:
+            step = self.fc2.input if isinstance(self.fc2, IntegerLinear) else FLOAT_STEP
+            return _add_linear(x, self.fc2, self.scale, self.fc1.to_codes(hidden, step, "gelu"), out_is_float=False)
+        hidden = self.fc1.to_float(hidden) if isinstance(self.fc1, IntegerLinear) else self.fc1(hidden)
+        return _add_linear(x, self.fc2, self.scale, self.act(hidden), out_is_float=True)
+
+
+class FloatPart(nn.Module):
+    """x + scale(layer(norm(x))) as the original computes it, for a half that no site covers."""
+
+    def __init__(self, norm: nn.Module, layer: nn.Module, scale: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.layer, self.scale = norm, layer, scale
+
+    def add_to(self, x: Tensor) -> Tensor:
+        """[B, N, D]."""
+        return x + self.scale(self.layer(self.norm(x)))
+
+
+class IntegerBlock(nn.Module):
+    """One pre-norm transformer block: attention, then MLP."""
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.mlp = attention, mlp
+
+    def advance(self, x: Tensor) -> Tensor:
+        """[B, N, D]; x's memory may be overwritten."""
+        return self.mlp.add_to(self.attention.add_to(x))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, N, D] to [B, N, D]; `x` is left as it is."""
+        if attn_mask is not None or is_causal:
+            raise ModelError("attention masks are not supported by quantised models")
+        return self.advance(x.clone())
+
+
+class IntegerBlocks(nn.Sequential):
+    """The blocks in a row; one copy of the residual stream at the start instead of one a block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] to [B, N, D]; `x` is left as it is."""
+        x = x.clone()
+        for block in self:
+            x = block.advance(x) if isinstance(block, IntegerBlock) else block(x)
+        return x
+
+
+def integer_vit(model: nn.Module, description: Description, sites: Mapping[str, SiteParams], backend: str) -> nn.Module:
+    """A copy of a timm VisionTransformer that runs the integer ops of `backend` at its sites.
+
+    Weights that become codes are not copied first, so that the peak is one floating-point model and one integer model.
+    """
+    replaced = [s for s in description.sites if not s.is_matmul and not sites[s.name].is_float]
+    kept: dict[int, Any] = {id(p): p for s in replaced for p in model.get_submodule(s.name).parameters()}
+    twin = copy.deepcopy(model, memo=kept)
+    names = {site.name for site in description.sites}
+    blocks: list[nn.Module] = []
+    for index, block in enumerate(twin.blocks):
+        prefix = f"blocks.{index}"
+        attention, mlp = f"{prefix}.attn.qkv" in names, f"{prefix}.mlp.fc1" in names
+        if not attention and not mlp:
+            blocks.append(block)
+            continue
+        blocks.append(
+            IntegerBlock(
+                AttentionPart(block, prefix, sites, backend) if attention else FloatPart(block.norm1, block.attn, block.ls1),
+                MlpPart(block, prefix, sites, backend) if mlp else FloatPart(block.norm2, block.mlp, block.ls2),
+            )
+        )
+    twin.blocks = IntegerBlocks(*blocks)
+    for site in replaced:
+        if site.kind is Kind.PATCH_EMBED:
+            conv = twin.patch_embed.proj
+            linear = IntegerLinear(conv.weight.flatten(1), conv.bias, sites[site.name], backend=backend)
+            twin.patch_embed.proj = IntegerPatchConv(linear, conv.kernel_size)
+        elif site.kind is Kind.HEAD:
+            head = twin.get_submodule(site.name)
+            setattr(twin, site.name, IntegerHead(IntegerLinear(head.weight, head.bias, sites[site.name], backend=backend)))
+    return twin.float().eval()
+
+
+def _linear(linear: nn.Linear, params: SiteParams, gamma: Tensor | None, backend: str) -> nn.Module:
+    if params.is_float:
+        return linear
+    return IntegerLinear(linear.weight, linear.bias, params, gamma, backend)
+
+
+def _norm(norm: nn.Module, linear: nn.Module, backend: str) -> nn.Module:
+    return QuantizingNorm(norm, linear.input, backend) if isinstance(linear, IntegerLinear) else norm
+
+
+def _add_linear(x: Tensor, linear: nn.Module, scale: nn.Module, hidden: Tensor, *, out_is_float: bool) -> Tensor:
+    """x + scale(linear(hidden)); in place where the linear is integer."""
+    if not isinstance(linear, IntegerLinear):
+        return x + scale(linear(hidden))
+    linear.add_to(x, linear.quantize(hidden) if out_is_float else hidden)
+    return x
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    """True for the erf form, which the kernels have."""
+    return type(act).__name__ == "GELU" and getattr(act, "approximate", "none") == "none"
