@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ class CompiledModel(nn.Module):
         fallbacks: what runs in floating point although the plan says integer, by site, with the reason.
     """
 
+    plan_digest: Tensor
+
     def __init__(self, model: nn.Module, plan: Plan, architecture: dict[str, Any], fallbacks: dict[str, str]) -> None:
         super().__init__()
         self.model = model
         self.plan = plan
         self.architecture = architecture
         self.fallbacks = fallbacks
+        self.register_buffer("plan_digest", torch.tensor(list(bytes.fromhex(plan.digest)), dtype=torch.uint8))
 
     def forward(self, images: Tensor) -> Tensor:
         """fp32 images [B, C, H, W], normalised as for the original, to logits [B, classes]."""
@@ -45,6 +49,22 @@ class CompiledModel(nn.Module):
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Token features [B, N, D] to logits, as timm's method."""
         return self.model.forward_head(features, pre_logits=pre_logits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
+        """Move to another device, but keep every dtype: scales and biases are fp32 by contract, so `.half()` changes nothing."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse the state of a model that was compiled from another plan: its numbers would be read with our steps."""
+        came = state_dict.get(f"{prefix}plan_digest")
+        if came is not None and not torch.equal(came.cpu(), self.plan_digest.cpu()):
+            raise PlanError(f"this state comes from a model compiled from another plan than the {self.plan.model} given")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train(self, mode: bool = True) -> CompiledModel:
         """Integer models cannot be trained: `train()` leaves eval mode on, so that a caller's habit does no harm."""

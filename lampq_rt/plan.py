@@ -75,6 +75,16 @@ class Plan:
         total = sum(s.params for s in linears)
         return sum(s.bits * s.params for s in linears) / total if total else 0.0
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over weights digest, formats and tensors, hexadecimal: equal where two plans compile to the same model."""
+        digest = hashlib.sha256(self.weights_digest.encode())
+        for name, params in self.sites.items():
+            digest.update(f"{name}|{params.kind}|{sorted(params.formats.items())}|".encode())
+            for key in sorted(params.tensors):
+                update_digest(digest, key, params.tensors[key])
+        return digest.hexdigest()
+
     def with_sites(self, sites: Mapping[str, SiteParams]) -> Plan:
         """A copy with these sites replaced."""
         return replace(self, sites={**self.sites, **sites})
@@ -116,7 +126,12 @@ def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the model's state, hexadecimal. Device does not matter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
-        digest.update(data.flatten().view(torch.uint8).numpy().data)
+        update_digest(digest, name, tensor)
     return digest.hexdigest()
+
+
+def update_digest(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """Feed name, dtype, shape and bytes of a tensor to a digest."""
+    data = tensor.detach().cpu().contiguous()
+    digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
+    digest.update(data.flatten().view(torch.uint8).numpy().data)
