@@ -205,26 +205,36 @@ namespace {
 constexpr int kRows = 6;     // rows of Q a tile
 constexpr int kVectors = 4;  // 16-column vectors a tile: 24 accumulators, 5 operands
 
+// acc += a (u8 quadruples) . b (s8 quadruples). Written out because GCC copies every accumulator around the intrinsic and spills.
+inline void dot_accumulate(__m512i& acc, __m512i a, __m512i b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+
 // acc[r][v] += a[r, 4*s .. 4*s+3] (u8) . b[s][column][0..3] (s8), for all s < steps.
 template <int R, int V>
 inline void dot_tile(const uint8_t* a, int64_t a_stride, const int32_t* b, int64_t b_stride, int64_t steps, int32_t* out,
                      int64_t out_stride, const int32_t* init) {
   __m512i acc[R][V];
+#pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
     const __m512i start = init ? _mm512_loadu_si512(init + 16 * v) : _mm512_setzero_si512();
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[r][v] = start;
   }
   for (int64_t s = 0; s < steps; ++s) {
     __m512i columns[V];
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) columns[v] = _mm512_loadu_si512(b + s * b_stride + 16 * v);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       int32_t four;
       std::memcpy(&four, a + r * a_stride + 4 * s, 4);
       const __m512i row = _mm512_set1_epi32(four);
-      for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], row, columns[v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) dot_accumulate(acc[r][v], row, columns[v]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) _mm512_storeu_si512(out + r * out_stride + 16 * v, acc[r][v]);
 }
 
@@ -333,15 +343,19 @@ void one_head(const Attention& a, Scratch& s, const int8_t* q, const int8_t* k, 
   // Queries are read as code + 128: take 128 * sum_d k[n, d] off again.
   for (int64_t n = 0; n < 16 * kv; ++n) {
     int32_t sum = 0;
-    if (n < a.tokens)
+    if (n < a.tokens) {
+#pragma omp simd reduction(+ : sum)
       for (int64_t d = 0; d < a.head_dim; ++d) sum += k[n * a.head_dim + d];
+    }
     s.key_sums[n] = -128 * sum;
   }
   float sums[kRows];
   for (int64_t first = 0; first < a.tokens; first += kRows) {
     const int64_t rows = std::min<int64_t>(kRows, a.tokens - first);
     const int8_t* block = q + first * a.head_dim;
-    for (int64_t i = 0; i < rows * a.head_dim; ++i) s.queries[i] = static_cast<uint8_t>(block[i]) ^ 0x80;
+    uint8_t* queries = s.queries.get();
+#pragma omp simd
+    for (int64_t i = 0; i < rows * a.head_dim; ++i) queries[i] = static_cast<uint8_t>(block[i]) ^ 0x80;
     dot_block(rows, s.queries.get(), a.head_dim, s.keys.get(), kv, words, s.logits.get(), s.key_sums.get());
     for (int64_t r = 0; r < rows; ++r)
       sums[r] = softmax_row(s.logits.get() + r * 16 * kv, s.softmax.get() + r * 16 * kv, a.tokens, kv, logit_scale, a.top);
