@@ -1,1 +1,1 @@
-"""Integer kernels for Vision Transformers: schema, reference, CPU (oneDNN and C++), GPU (Triton). Knows tensors, knows no model."""
+"""Integer kernels for Vision Transformers: schema, reference, CPU (oneDNN and C++). Knows tensors, no model."""

@@ -1,7 +1,8 @@
 """The ops: one schema each, whatever the device. `torch.ops.lampq.<name>` runs oneDNN and C++ on a CPU.
 
-`ops(backend)` gives the same names as plain functions: "native" dispatches by device, "reference" is `reference.py`. Shapes and
-dtypes of every argument are in the docstrings of `reference.py`; a fake of each op here serves tracing (torch.compile, export).
+`ops(backend)` gives the same names as plain functions: "native" dispatches by device, "reference" is `reference.py`.
+Shapes and dtypes of every argument are in the docstrings of `reference.py`; a fake of each op here serves tracing
+(torch.compile, export).
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from lampq_rt.kernels.cpu import impl as cpu
 LIBRARY = torch.library.Library("lampq", "DEF")
 
 _LINEAR = "Tensor x_q, Tensor w_q, Tensor scale, Tensor column, Tensor? bias"
+_HEADS = "int heads, Tensor out_inv_scale, int qk_bits, int v_bits) -> (Tensor, Tensor, Tensor)"
 _OUT = "float out_inv_scale, int out_zero_point, int out_bits, ScalarType dtype"
 
 SCHEMAS = {
     "quantize": "(Tensor x, float inv_scale, int zero_point, int bits, ScalarType dtype) -> Tensor",
-    "layernorm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, float inv_scale, int zero_point, int bits, "
-    "ScalarType dtype) -> Tensor",
+    "layernorm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, float inv_scale, int zero_point, "
+    "int bits, ScalarType dtype) -> Tensor",
     "linear_float": f"({_LINEAR}, str activation, ScalarType dtype) -> Tensor",
     "linear_requant": f"({_LINEAR}, str activation, {_OUT}) -> Tensor",
     "linear_residual": f"(Tensor(a!) x, {_LINEAR}) -> ()",
-    "linear_qkv": f"({_LINEAR}, int heads, Tensor out_inv_scale, int qk_bits, int v_bits) -> (Tensor, Tensor, Tensor)",
-    "heads_quantize": "(Tensor qkv, bool norm, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, float eps, "
-    "int heads, Tensor out_inv_scale, int qk_bits, int v_bits) -> (Tensor, Tensor, Tensor)",
+    "linear_qkv": f"({_LINEAR}, {_HEADS}",
+    "heads_quantize": "(Tensor qkv, bool norm, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "
+    f"float eps, {_HEADS}",
     "attention": f"(Tensor q, Tensor k, Tensor v, Tensor logit_scale, Tensor v_scale, int p_bits, {_OUT}) -> Tensor",
 }
 
@@ -55,11 +57,15 @@ def _fake_heads(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tens
     return q, torch.empty_like(q), v
 
 
-def _fake_qkv(x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, heads: int, *args: Any) -> Any:
+def _fake_qkv(
+    x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, heads: int, *args: Any
+) -> Any:
     return _fake_heads(x_q, heads, w_q.shape[0])
 
 
-def _fake_heads_quantize(qkv: Tensor, norm: bool, qw: Any, qb: Any, kw: Any, kb: Any, eps: float, heads: int, *args: Any) -> Any:
+def _fake_heads_quantize(
+    qkv: Tensor, norm: bool, qw: Any, qb: Any, kw: Any, kb: Any, eps: float, heads: int, *args: Any
+) -> Any:
     return _fake_heads(qkv, heads, qkv.shape[-1])
 
 

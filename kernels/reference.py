@@ -1,8 +1,9 @@
 """The truth: every op of `kernels/ops.py` in plain torch, slow and exact. Fast paths must meet it (docs/numerics.md).
 
-Codes of activations travel in one of two containers with the same meaning: int8 holds the signed code, uint8 holds code + 128
-(what oneDNN's VNNI kernels read). Zero-points are always those of the signed code. Weights are int8 [N, K], or uint8 [N, K/2]
-with two 4-bit codes a byte (`unpack_int4`). Matrix products run in fp64, where every sum of products of codes is exact.
+Codes of activations travel in one of two containers with the same meaning: int8 holds the signed code, uint8 holds
+code + 128 (what oneDNN's VNNI kernels read). Zero-points are always those of the signed code. Weights are int8 [N,
+K], or uint8 [N, K/2] with two 4-bit codes a byte (`unpack_int4`). Matrix products run in fp64, where every sum of
+products of codes is exact.
 """
 
 import math
@@ -140,9 +141,7 @@ def linear_requant(
     return quantize(y, out_inv_scale, out_zero_point, out_bits, dtype)
 
 
-def linear_residual(
-    x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None
-) -> None:
+def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None) -> None:
     """x += `linear`, in place; the sum is formed in fp32 and rounded once to x's dtype."""
     x.copy_(x.float() + linear(x_q, w_q, scale, column, bias))
 
@@ -186,7 +185,7 @@ def heads_quantize(
     qk_bits: int,
     v_bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes as `linear_qkv` gives them, of floating-point `qkv` [B, N, 3*H*d]; `norm` asks for LayerNorm of q and k first."""
+    """Codes as `linear_qkv` gives them, of fp `qkv` [B, N, 3*H*d]; `norm` asks for LayerNorm of q and k first."""
     q, k, v = split_heads(qkv.float(), heads)
     if norm:
         q = F.layer_norm(q, q.shape[-1:], q_weight, q_bias, eps)

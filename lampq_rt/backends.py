@@ -85,7 +85,9 @@ def resolve(device: str | torch.device | None) -> torch.device:
         raise BackendError(f"unknown device {device!r}; allowed: cpu, cuda") from None
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise BackendError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU on this machine; allowed: cpu")
+            raise BackendError(
+                "device 'cuda' was asked for, but PyTorch finds no CUDA GPU on this machine; allowed: cpu"
+            )
         raise BackendError("this version has integer kernels for the CPU only; device 'cuda' is not available yet")
     if chosen.type != "cpu":
         raise BackendError(f"device {str(device)!r} has no integer kernels; allowed: cpu, cuda")

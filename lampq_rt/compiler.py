@@ -28,6 +28,7 @@ class CompiledModel(nn.Module):
         fallbacks: what runs in floating point although the plan says integer, by site, with the reason.
     """
 
+    model: Any
     plan_digest: Tensor
 
     def __init__(self, model: nn.Module, plan: Plan, architecture: dict[str, Any], fallbacks: dict[str, str]) -> None:
@@ -51,7 +52,7 @@ class CompiledModel(nn.Module):
         return self.model.forward_head(features, pre_logits=pre_logits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
-        """Move to another device, but keep every dtype: scales and biases are fp32 by contract, so `.half()` changes nothing."""
+        """Move to another device, keep every dtype: scales are fp32 by contract, so `.half()` changes nothing."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -63,7 +64,9 @@ class CompiledModel(nn.Module):
         """Refuse the state of a model that was compiled from another plan: its numbers would be read with our steps."""
         came = state_dict.get(f"{prefix}plan_digest")
         if came is not None and not torch.equal(came.cpu(), self.plan_digest.cpu()):
-            raise PlanError(f"this state comes from a model compiled from another plan than the {self.plan.model} given")
+            raise PlanError(
+                f"this state comes from a model compiled from another plan than the {self.plan.model} given"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train(self, mode: bool = True) -> CompiledModel:
@@ -115,7 +118,9 @@ def check_sites(description: Description, plan: Plan) -> None:
             raise PlanError(f"the plan has no entry for site {name!r} of {description.architecture}")
         params = plan.sites[name]
         if params.kind is not site.kind:
-            raise PlanError(f"site {name!r} is a {site.kind} in {description.architecture}, a {params.kind} in the plan")
+            raise PlanError(
+                f"site {name!r} is a {site.kind} in {description.architecture}, a {params.kind} in the plan"
+            )
         backends.check_formats(site, params.formats)
         _check_tensors(name, site.out_features, site.in_features, site.heads, plan)
     for name, site in known.items():
@@ -134,7 +139,7 @@ def _check_tensors(name: str, out_features: int, in_features: int, heads: int, p
         if not fmt.symmetric:
             wanted[f"{operand}.zero_point"] = (torch.int32, ())
     optional = {"weight.codes": (torch.int8, (out_features, in_features))}
-    for key, (dtype, shape) in wanted.items():
+    for key in wanted:
         if key not in params.tensors:
             raise PlanError(f"site {name!r}: the plan lacks the tensor {key}")
     for key, tensor in params.tensors.items():

@@ -58,7 +58,9 @@ class Format:
             FormatError: `data` is not such a dict; the message starts with `where`.
         """
         if not isinstance(data, dict) or set(data) != {"bits", "scheme", "granularity", "symmetric"}:
-            raise FormatError(f"{where}: expected an object with bits, scheme, granularity, symmetric; got {data!r:.120}")
+            raise FormatError(
+                f"{where}: expected an object with bits, scheme, granularity, symmetric; got {data!r:.120}"
+            )
         if not isinstance(data["symmetric"], bool) or not isinstance(data["scheme"], str):
             raise FormatError(f"{where}: scheme must be a string and symmetric a boolean; got {data!r:.120}")
         try:

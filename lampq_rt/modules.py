@@ -1,7 +1,7 @@
 """Integer modules: codes, scales and the calls into `lampq_rt.kernels.ops`. They know no model family.
 
-Everything that an op needs is a buffer (tensors) or a `Step` (numbers from the plan). Codes of activations lie in uint8 on a CPU
-and int8 elsewhere; see `reference.py` for the two containers.
+Everything that an op needs is a buffer (tensors) or a `Step` (numbers from the plan). Codes of activations lie in
+uint8 on a CPU and int8 elsewhere; see `reference.py` for the two containers.
 """
 
 from __future__ import annotations
@@ -69,7 +69,12 @@ class IntegerLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, params: SiteParams, gamma: Tensor | None = None, backend: str = "native"
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        params: SiteParams,
+        gamma: Tensor | None = None,
+        backend: str = "native",
     ) -> None:
         super().__init__()
         self.backend = backend

@@ -1,7 +1,7 @@
 """The transformer block on codes, and how a timm VisionTransformer is rebuilt from such blocks.
 
-Between two residual additions everything stays integer where the plan says so; a part that the plan leaves in floating point takes
-and gives floating point, and its neighbours quantise or dequantise inside their own ops.
+Between two residual additions everything stays integer where the plan says so; a part that the plan leaves in
+floating point takes and gives floating point, and its neighbours quantise or dequantise inside their own ops.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lampq_rt.errors import ModelError
@@ -31,7 +31,10 @@ from lampq_rt.sites import Description, Kind
 class AttentionPart(nn.Module):
     """x += proj(attention(qkv(norm(x)))), each of the three integer or in floating point."""
 
-    def __init__(self, block: nn.Module, prefix: str, sites: Mapping[str, SiteParams], backend: str) -> None:
+    qkv: Any  # IntegerLinear or nn.Linear, as proj
+    proj: Any
+
+    def __init__(self, block: Block, prefix: str, sites: Mapping[str, SiteParams], backend: str) -> None:
         super().__init__()
         attn = block.attn
         self.heads, self.head_dim = attn.num_heads, attn.head_dim
@@ -66,7 +69,7 @@ class AttentionPart(nn.Module):
 class MlpPart(nn.Module):
     """x += fc2(act(fc1(norm(x)))), each linear integer or in floating point."""
 
-    def __init__(self, block: nn.Module, prefix: str, sites: Mapping[str, SiteParams], backend: str) -> None:
+    def __init__(self, block: Block, prefix: str, sites: Mapping[str, SiteParams], backend: str) -> None:
         super().__init__()
         mlp = block.mlp
         self.fc1 = _linear(mlp.fc1, sites[f"{prefix}.mlp.fc1"], None, backend)
@@ -101,6 +104,9 @@ class FloatPart(nn.Module):
 class IntegerBlock(nn.Module):
     """One pre-norm transformer block: attention, then MLP."""
 
+    attention: Any  # a part above, as mlp
+    mlp: Any
+
     def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.attention, self.mlp = attention, mlp
@@ -127,7 +133,7 @@ class IntegerBlocks(nn.Sequential):
         return x
 
 
-def integer_vit(model: nn.Module, description: Description, sites: Mapping[str, SiteParams], backend: str) -> nn.Module:
+def integer_vit(model: VisionTransformer, description: Description, sites: Mapping[str, SiteParams], backend: str) -> nn.Module:
     """A copy of a timm VisionTransformer that runs the integer ops of `backend` at its sites.
 
     Weights that become codes are not copied first, so that the peak is one floating-point model and one integer model.
@@ -145,7 +151,9 @@ def integer_vit(model: nn.Module, description: Description, sites: Mapping[str, 
             continue
         blocks.append(
             IntegerBlock(
-                AttentionPart(block, prefix, sites, backend) if attention else FloatPart(block.norm1, block.attn, block.ls1),
+                AttentionPart(block, prefix, sites, backend)
+                if attention
+                else FloatPart(block.norm1, block.attn, block.ls1),
                 MlpPart(block, prefix, sites, backend) if mlp else FloatPart(block.norm2, block.mlp, block.ls2),
             )
         )
@@ -157,7 +165,9 @@ def integer_vit(model: nn.Module, description: Description, sites: Mapping[str, 
             twin.patch_embed.proj = IntegerPatchConv(linear, conv.kernel_size)
         elif site.kind is Kind.HEAD:
             head = twin.get_submodule(site.name)
-            setattr(twin, site.name, IntegerHead(IntegerLinear(head.weight, head.bias, sites[site.name], backend=backend)))
+            setattr(
+                twin, site.name, IntegerHead(IntegerLinear(head.weight, head.bias, sites[site.name], backend=backend))
+            )
     return twin.float().eval()
 
 

@@ -1,6 +1,7 @@
 """The plan: the format, steps and edits chosen for every site, with where they came from.
 
-The contract between calibrator and runtime (docs/plan.md). This module holds the data; `plan_io` reads and writes the folder.
+The contract between calibrator and runtime (docs/plan.md). This module holds the data; `plan_io` reads and writes the
+folder.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class SiteParams:
     Attributes:
         kind: what the site is.
         formats: one `Format` per operand ("weight" and "input"; "q" and "k"; "p" and "v").
-        tensors: steps by key: "weight.scale" fp32 [N]; "input.scale" fp32 [] and "input.zero_point" int32 []; "q.scale",
-            "k.scale", "v.scale" fp32 [H]; optional "weight.codes" int8 [N, K] where rounding was decided elsewhere.
-            A floating-point site has none.
+        tensors: steps by key: "weight.scale" fp32 [N]; "input.scale" fp32 [] and "input.zero_point" int32 [];
+            "q.scale", "k.scale", "v.scale" fp32 [H]; optional "weight.codes" int8 [N, K] where rounding was decided
+            elsewhere. A floating-point site has none.
         params: elements of the weight, for means and sizes; 0 for a matmul.
     """
 
@@ -77,7 +78,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over weights digest, formats and tensors, hexadecimal: equal where two plans compile to the same model."""
+        """SHA-256 over weights digest, formats and tensors, hexadecimal: equal plans compile to equal models."""
         digest = hashlib.sha256(self.weights_digest.encode())
         for name, params in self.sites.items():
             digest.update(f"{name}|{params.kind}|{sorted(params.formats.items())}|".encode())

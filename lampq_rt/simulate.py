@@ -1,8 +1,8 @@
 """The simulation: the floating-point model with its sites quantised and dequantised in place (docs/numerics.md).
 
-The calibrator measures with it and `lampq eval --backend simulate` serves it. It follows the same contract as the kernels: the
-same codes, the same row-maximum softmax; only sums of products run in fp32. Sites can be switched one by one, so that a
-sensitivity sweep builds the model once.
+The calibrator measures with it and `lampq eval --backend simulate` serves it. It follows the same contract as the
+kernels: the same codes, the same row-maximum softmax; only sums of products run in fp32. Sites can be switched one by
+one, so that a sensitivity sweep builds the model once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -47,7 +47,9 @@ def range_plan(model: nn.Module, images: Tensor, bits: dict[str, int] | int = 8)
     return Plan(architecture_name(model), weights_digest(model), sites)
 
 
-def _steps(site: Site, formats: dict[str, Format], args: tuple[Tensor, ...], weight: Tensor | None) -> dict[str, Tensor]:
+def _steps(
+    site: Site, formats: dict[str, Format], args: tuple[Tensor, ...], weight: Tensor | None
+) -> dict[str, Tensor]:
     if site.is_matmul:
         names = {"qk": {"q": 0, "k": 1}, "pv": {"v": 1}}[site.kind]
         return {f"{n}.scale": _symmetric(args[i].transpose(0, 1).flatten(1), formats[n].bits) for n, i in names.items()}

@@ -1,4 +1,4 @@
-"""`lampq_rt.compile`: every kind of timm ViT, every mix of integer and floating-point sites, and what users do with a module."""
+"""`lampq_rt.compile`: every kind of timm ViT, every mix of integer and float sites, and what users do with a module."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def test_all_sites_at_16_bits_is_the_original() -> None:
         torch.testing.assert_close(lampq_rt.compile(model, range_plan(model, images, 16))(images), model(images))
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224"]
+)
 def test_named_models_have_all_their_sites(name: str) -> None:
     model = timm.create_model(name, pretrained=False, depth=1, img_size=56).eval()
     description = describe(model)

@@ -14,7 +14,16 @@ from lampq_rt.kernels.cpu import eager, impl, machine, native, onednn
 from lampq_rt.kernels.ops import NATIVE, REFERENCE, SCHEMAS
 
 CONTAINERS = (torch.int8, torch.uint8)
-HEADS = [(2, 197, 3, 64), (1, 198, 2, 32), (2, 49, 2, 48), (1, 577, 1, 72), (2, 5, 1, 80), (1, 16, 1, 96), (1, 33, 1, 128), (3, 1, 2, 8)]
+HEADS = [
+    (2, 197, 3, 64),
+    (1, 198, 2, 32),
+    (2, 49, 2, 48),
+    (1, 577, 1, 72),
+    (2, 5, 1, 80),
+    (1, 16, 1, 96),
+    (1, 33, 1, 128),
+    (3, 1, 2, 8),
+]
 
 
 def assert_codes(came: Tensor, wanted: Tensor, rate: float = 1e-3) -> None:
@@ -85,9 +94,13 @@ def test_linears(shape: tuple[int, int, int], packed: bool) -> None:
             for bits in (8, 5, 4):
                 tail = (activation, 30.0, -9, bits)
                 for dtype in CONTAINERS:
-                    assert_codes(NATIVE.linear_requant(*args, *tail, dtype), REFERENCE.linear_requant(*args, *tail, dtype), rate)
+                    assert_codes(
+                        NATIVE.linear_requant(*args, *tail, dtype), REFERENCE.linear_requant(*args, *tail, dtype), rate
+                    )
             came = NATIVE.linear_float(*args, activation, torch.float32)
-            torch.testing.assert_close(came, REFERENCE.linear_float(*args, activation, torch.float32), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                came, REFERENCE.linear_float(*args, activation, torch.float32), rtol=1e-5, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -132,7 +145,8 @@ def test_linear_qkv_splits_heads_and_clears_the_padding(case: tuple[int, ...], b
 def attention_case(batch: int, tokens: int, heads: int, head_dim: int, seed: int = 0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
-        torch.randint(-128, 128, (batch, heads, tokens, head_dim), dtype=torch.int8, generator=generator) for _ in range(3)
+        torch.randint(-128, 128, (batch, heads, tokens, head_dim), dtype=torch.int8, generator=generator)
+        for _ in range(3)
     )
     logit_scale = torch.rand(heads, generator=generator) * 3e-3 / math.sqrt(head_dim / 64) + 1e-5
     return q, k, reference.transpose_v(v), logit_scale, torch.rand(heads, generator=generator) + 0.1

@@ -1,4 +1,4 @@
-"""What lies between the int8 matmuls, in eager torch: for machines without a C++ compiler. Same results, more passes."""
+"""What lies between the int8 matmuls, in eager torch, for machines without a C++ compiler: same codes, more passes."""
 
 from __future__ import annotations
 

@@ -68,9 +68,7 @@ def linear_requant(
     return y
 
 
-def linear_residual(
-    x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None
-) -> None:
+def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None) -> None:
     """See `reference.linear_residual`; the sum is a post-op of the matmul."""
     weight = onednn.packed(w_q, scale, column, bias)
     if x.dtype == torch.float32 and x.is_contiguous():
@@ -128,7 +126,17 @@ def attention(
 ) -> Tensor:
     """See `reference.attention`."""
     lib = native.library()
-    args = (q.contiguous(), k.contiguous(), v.contiguous(), logit_scale, v_scale, p_bits, out_inv_scale, out_zero_point, out_bits)
+    args = (
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        logit_scale,
+        v_scale,
+        p_bits,
+        out_inv_scale,
+        out_zero_point,
+        out_bits,
+    )
     if lib is None or not native.has_attention() or q.shape[-1] % 4:
         return eager.attention(*args, dtype)
     if out_bits == reference.FLOAT_BITS:

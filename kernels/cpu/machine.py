@@ -19,6 +19,7 @@ def _cpu_has_vnni() -> bool:
 def has_vnni() -> bool:
     """True where u8 x s8 products are summed exactly (AVX512-VNNI or AVX-VNNI, and oneDNN is allowed to use it).
 
-    Without it oneDNN's int8 matmul saturates at 16 bits and gives wrong sums, so the codes are multiplied in floating point.
+    Without it oneDNN's int8 matmul saturates at 16 bits and gives wrong sums, so the codes are multiplied in floating
+    point.
     """
     return _cpu_has_vnni() and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in _WITHOUT_VNNI

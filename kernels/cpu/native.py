@@ -1,7 +1,8 @@
 """Builds `kernels.cpp` for this machine once, keeps the library in the user's cache, and calls it through ctypes.
 
-No build system and no PyTorch headers: one compiler call of about two seconds. ctypes releases the interpreter lock during a call,
-so several threads can run models at once. Where no compiler is found, `library()` is None and `eager.py` serves instead.
+No build system and no PyTorch headers: one compiler call of about two seconds. ctypes releases the interpreter lock
+during a call, so several threads can run models at once. Where no compiler is found, `library()` is None and
+`eager.py` serves instead.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def library() -> ctypes.CDLL | None:
     """The loaded library, built if need be; None where it cannot be had (logged once, with the reason)."""
     cxx = compiler()
     if cxx is None:
-        logger.warning("no C++ compiler found: what lies between the int8 matmuls runs in eager PyTorch, which is slower")
+        logger.warning(
+            "no C++ compiler found: what lies between the int8 matmuls runs in eager PyTorch, which is slower"
+        )
         return None
     try:
         path = cache_folder() / f"cpu-{_key(cxx)}.so"
@@ -79,13 +82,17 @@ def library() -> ctypes.CDLL | None:
         return loaded
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        logger.warning("C++ kernels could not be built (%s): eager PyTorch serves instead, slower", detail.strip()[:300])
+        logger.warning(
+            "C++ kernels could not be built (%s): eager PyTorch serves instead, slower", detail.strip()[:300]
+        )
         return None
 
 
 def _key(cxx: str) -> str:
     """What a build depends on: source, flags, compiler, processor."""
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True).stdout
+    version = subprocess.run(
+        [cxx, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True
+    ).stdout
     parts = (SOURCE.read_text(), *FLAGS, WIDE_FLAG, version, platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -152,13 +159,21 @@ def layernorm_quantize(
     width = x.shape[-1]
     codes = _codes(inv_scale, zero_point, bits, dtype)
     lib.lampq_layernorm_quantize(
-        _at(x), _at(weight), _at(bias), _at(out), x.numel() // max(width, 1), width, eps, *codes, torch.get_num_threads()
+        _at(x),
+        _at(weight),
+        _at(bias),
+        _at(out),
+        x.numel() // max(width, 1),
+        width,
+        eps,
+        *codes,
+        torch.get_num_threads(),
     )
     return out
 
 
 def split_heads(lib: ctypes.CDLL, qkv: Tensor, heads: int, qk_bits: int, v_bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 codes [B, N, 3*H*d], saturated at 8 bits, to q, k [B, H, N, d] and v [B, H, d, N_pad], clamped to their bits."""
+    """int8 codes [B, N, 3*H*d], saturated at 8 bits, to q, k [B, H, N, d], v [B, H, d, N_pad] at their bits."""
     batch, tokens, width = qkv.shape
     head_dim, padded = width // (3 * heads), reference.padded_tokens(tokens)
     q, k = (torch.empty((batch, heads, tokens, head_dim), dtype=torch.int8) for _ in range(2))

@@ -1,8 +1,8 @@
 """Linears on codes through oneDNN: u8 activations, s8 weights, scale, bias, GELU and requantisation in one call.
 
-oneDNN reads activations as code + 128 with zero-point 128, so that products are those of the signed code; the plan's own
-zero-point is in `column` and is folded into the bias here. Weights are repacked for the machine once and kept in a bounded cache
-beside the tensor they came from: as module buffers they would break deepcopy, `.to` and export.
+oneDNN reads activations as code + 128 with zero-point 128, so that products are those of the signed code; the plan's
+own zero-point is in `column` and is folded into the bias here. Weights are repacked for the machine once and kept in
+a bounded cache beside the tensor they came from: as module buffers they would break deepcopy, `.to` and export.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def cached_bytes() -> int:
         return sum(e.packed.weight.numel() * e.packed.weight.element_size() for e in _cache.values())
 
 
-def packed(w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out_inv_scale: Tensor | None = None) -> Packed:
+def packed(
+    w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out_inv_scale: Tensor | None = None
+) -> Packed:
     """The repacked weight of these buffers, from the cache or made now.
 
     Args:

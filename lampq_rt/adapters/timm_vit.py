@@ -37,7 +37,9 @@ class TimmVit:
             conv = model.patch_embed.proj
             fan_in = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
             patches = tokens - model.num_prefix_tokens
-            sites.append(_linear_site("patch_embed.proj", Kind.PATCH_EMBED, None, fan_in, conv.out_channels, patches, 0))
+            sites.append(
+                _linear_site("patch_embed.proj", Kind.PATCH_EMBED, None, fan_in, conv.out_channels, patches, 0)
+            )
         for index, block in enumerate(model.blocks):
             _describe_block(index, block, tokens, sites, reasons)
         for name in ("head", "head_dist"):
@@ -46,7 +48,9 @@ class TimmVit:
                 rows = 1 if model.global_pool else tokens
                 sites.append(_linear_site(name, Kind.HEAD, None, head.in_features, head.out_features, rows, 0))
         if not sites:
-            found = Counter(type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
+            found = Counter(
+                type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None
+            )
             parts = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
             raise ModelError(f"nothing to quantise in this {type(model).__name__}: found {parts or 'no parameters'}")
         return Description(architecture_name(model), tuple(sites), _skipped(model, sites, reasons))
@@ -61,7 +65,9 @@ class TimmVit:
                 _replace(twin, name, _SimulatedAttention(twin.get_submodule(name)))
         for site in description.sites:
             if not site.is_matmul:
-                _replace(twin, site.name, SimulatedLinear(twin.get_submodule(site.name)))
+                linear = twin.get_submodule(site.name)
+                assert isinstance(linear, (nn.Linear, nn.Conv2d))
+                _replace(twin, site.name, SimulatedLinear(linear))
         return twin
 
     def integer(self, model: nn.Module, sites: Mapping[str, SiteParams], backend: str) -> nn.Module:
@@ -90,7 +96,7 @@ def architecture_name(model: nn.Module) -> str:
     return name or type(model).__name__
 
 
-def patch_embed_obstacle(embed: nn.Module) -> str | None:
+def patch_embed_obstacle(embed: PatchEmbed) -> str | None:
     """Why the patch embedding cannot be quantised, or None."""
     if type(embed) is not PatchEmbed:
         return f"{type(embed).__name__} is not timm's PatchEmbed"
@@ -100,7 +106,7 @@ def patch_embed_obstacle(embed: nn.Module) -> str | None:
     return None
 
 
-def attention_obstacle(block: nn.Module) -> str | None:
+def attention_obstacle(block: Block) -> str | None:
     """Why a block's attention cannot be quantised, or None."""
     if type(block) is not Block:
         return f"{type(block).__name__} is not timm's pre-norm Block"
@@ -115,7 +121,7 @@ def attention_obstacle(block: nn.Module) -> str | None:
     return None
 
 
-def mlp_obstacle(block: nn.Module) -> str | None:
+def mlp_obstacle(block: Block) -> str | None:
     """Why a block's MLP cannot be quantised, or None."""
     if type(block) is not Block:
         return f"{type(block).__name__} is not timm's pre-norm Block"
@@ -127,7 +133,7 @@ def mlp_obstacle(block: nn.Module) -> str | None:
     return None
 
 
-def _describe_block(index: int, block: nn.Module, tokens: int, sites: list[Site], reasons: dict[str, str]) -> None:
+def _describe_block(index: int, block: Block, tokens: int, sites: list[Site], reasons: dict[str, str]) -> None:
     prefix = f"blocks.{index}"
     reason = attention_obstacle(block)
     if reason:

@@ -12,7 +12,9 @@ from lampq_rt.registry import Registry
 class Quantizer(Protocol):
     """Turns real values into codes and back. Steps are given, never searched: that is `calibrate/search`'s work."""
 
-    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, *, weight: bool = False) -> Tensor:
+    def quantize(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, *, weight: bool = False
+    ) -> Tensor:
         """Codes of `x`, int32, same shape.
 
         Args:

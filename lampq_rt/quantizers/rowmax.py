@@ -1,7 +1,7 @@
 """Softmax output whose row maximum has the top code (docs/numerics.md, rule 7).
 
-The codes are of the unnormalised exponentials e = exp2(logit - rowmax) in (0, 1]; the row sum stays in fp32 and divides the
-matmul's result. The step is 1/(2^bits - 1) for every tensor, so there is nothing to calibrate.
+The codes are of the unnormalised exponentials e = exp2(logit - rowmax) in (0, 1]; the row sum stays in fp32 and
+divides the matmul's result. The step is 1/(2^bits - 1) for every tensor, so there is nothing to calibrate.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ from lampq_rt.quantizers.base import QUANTIZERS
 class Uniform:
     """The uniform quantizer of the numerics contract; the arithmetic itself is the reference's."""
 
-    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, *, weight: bool = False) -> Tensor:
+    def quantize(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, *, weight: bool = False
+    ) -> Tensor:
         """See `Quantizer.quantize`."""
         return self._codes(x, scale, zero_point, bits, weight).to(torch.int32)
 
