@@ -7,7 +7,7 @@ Shapes and dtypes of every argument are in the docstrings of `reference.py`; a f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,12 +37,19 @@ SCHEMAS = {
 }
 
 
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A result in its container: two codes a byte for int4."""
+    if dtype == torch.int4:
+        return like.new_empty((*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
+    return like.new_empty(shape, dtype=dtype)
+
+
 def _fake_same(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=args[-1])
+    return _empty(x, x.shape, args[-1])
 
 
 def _fake_linear(x_q: Tensor, w_q: Tensor, *args: Any) -> Tensor:
-    return x_q.new_empty((*x_q.shape[:-1], w_q.shape[0]), dtype=args[-1])
+    return _empty(x_q, (*x_q.shape[:-1], w_q.shape[0]), args[-1])
 
 
 def _fake_residual(x: Tensor, x_q: Tensor, w_q: Tensor, *args: Any) -> None:
@@ -71,7 +78,7 @@ def _fake_heads_quantize(
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     batch, heads, tokens, head_dim = q.shape
-    return q.new_empty((batch, tokens, heads * head_dim), dtype=args[-1])
+    return _empty(q, (batch, tokens, heads * head_dim), args[-1])
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

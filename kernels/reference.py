@@ -1,9 +1,10 @@
 """The truth: every op of `kernels/ops.py` in plain torch, slow and exact. Fast paths must meet it (docs/numerics.md).
 
-Codes of activations travel in one of two containers with the same meaning: int8 holds the signed code, uint8 holds
-code + 128 (what oneDNN's VNNI kernels read). Zero-points are always those of the signed code. Weights are int8 [N,
-K], or uint8 [N, K/2] with two 4-bit codes a byte (`unpack_int4`). Matrix products run in fp64, where every sum of
-products of codes is exact.
+Codes of activations travel in one of three containers, named by the dtype that a producer is asked for: `int8` holds the
+signed code; `uint8` holds code + 128 (what oneDNN's VNNI kernels read); `int4` is two codes a byte, a uint8 tensor
+[..., K/2] in the order of `pack_int4`, which a consumer knows by its width. Zero-points are always those of the signed
+code. Weights are int8 [N, K], or packed uint8 [N, K/2]. Matrix products run in fp64, where every sum of products of
+codes is exact.
 """
 
 import math
@@ -37,12 +38,16 @@ def round_codes(x: Tensor, inv_scale: Tensor | float, zero_point: Tensor | float
 
 
 def store_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Signed codes (any dtype) in the int8 or uint8 container."""
+    """Signed codes (any dtype) in the int8, uint8 or int4 container."""
+    if dtype == torch.int4:
+        return pack_int4(codes.to(torch.int8))
     return (codes + OFFSET).to(torch.uint8) if dtype == torch.uint8 else codes.to(torch.int8)
 
 
-def load_codes(stored: Tensor) -> Tensor:
-    """Signed codes, int32, of an int8 or uint8 container."""
+def load_codes(stored: Tensor, width: int | None = None) -> Tensor:
+    """Signed codes, int32, of a container; `width` is the number of codes in a row, by which int4 is known."""
+    if width is not None and stored.shape[-1] != width:
+        return unpack_int4(stored).to(torch.int32)
     codes = stored.to(torch.int32)
     return codes - OFFSET if stored.dtype == torch.uint8 else codes
 
@@ -104,7 +109,8 @@ def layernorm_quantize(
 
 def accumulate(x_q: Tensor, w_q: Tensor, column: Tensor) -> Tensor:
     """int32 [..., N]: x_q @ w_q^T plus the column constant (rules 3 and 4)."""
-    return matmul_codes(load_codes(x_q), dense_weight(w_q).t()) + column
+    weight = dense_weight(w_q)
+    return matmul_codes(load_codes(x_q, weight.shape[1]), weight.t()) + column
 
 
 def linear(

@@ -1,0 +1,114 @@
+"""softmax(QK^T)V on codes, requantised, for rows that fit on chip and for longer ones (rule 7).
+
+One program takes BLOCK_M rows of one head. Up to 256 tokens all logits of a row stay in registers: the columns are covered by up to three
+tiles of a power of two (197 = 128 + 64 + 32, not 256), so there is one QK^T, one softmax over the whole row, one PV. Longer rows take two
+passes over K: the first finds each row's maximum, the second computes the exponentials with it, so that every code of P means the same
+as on chip (an online softmax would change the codes as the maximum moves).
+
+int8 P holds the code minus 2^(bits-1); what that takes from the product is given back by the column sums of v, which a row of ones
+times v^T gives for free on the same tensor cores (`half_sums`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lampq_rt.kernels.gpu.numerics import codes_int8, pack_nibbles, round_int8
+
+
+@triton.jit
+def _logits(q, k_ptr, first, TOKENS, d, logit_scale, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """fp32 [BLOCK_M, BLOCK_N] logits in powers of two; -inf beyond the last token."""
+    columns = first + tl.arange(0, BLOCK_N)
+    mask = (columns < TOKENS)[:, None] & (d < HEAD_DIM)[None, :]
+    k = tl.load(k_ptr + columns[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0)  # [BLOCK_N, BLOCK_D]
+    logits = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32) * logit_scale
+    return tl.where((columns < TOKENS)[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def _weighted(
+    e, v_ptr, first, TOKENS, PADDED, d, acc, HEAD_DIM: tl.constexpr, P_BITS: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """acc + (codes of e, minus their half) @ v + half * column sums of v, int32 [BLOCK_M, BLOCK_D]."""
+    columns = first + tl.arange(0, BLOCK_N)
+    mask = (d < HEAD_DIM)[:, None] & (columns < PADDED)[None, :]  # v's padding is zero; masking at TOKENS loads bytes
+    v = tl.load(v_ptr + d[:, None] * PADDED + columns[None, :], mask=mask, other=0)  # [BLOCK_D, BLOCK_N]
+    half: tl.constexpr = 2 ** (P_BITS - 1)
+    p = round_int8(e * (2**P_BITS - 1.0) - half, -half, half - 1, PTX)
+    sums = tl.sum(v.to(tl.int32), 1)
+    return tl.dot(p, v.T, acc, out_dtype=tl.int32) + half * sums[None, :]
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr, k_ptr,  # int8 [B, H, N, d]
+    v_ptr,  # int8 [B, H, d, N_pad], zero in the padding
+    logit_scale_ptr, v_scale_ptr,  # fp32 [H]
+    out_ptr,  # int8 [B, N, H*d], packed [B, N, H*d/2], or floating point
+    TOKENS, PADDED, inv_scale, zero_point,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, P_BITS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    FLOAT_OUT: tl.constexpr, OUT_PACKED: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE_0: tl.constexpr, TILE_1: tl.constexpr, TILE_2: tl.constexpr, ON_CHIP: tl.constexpr,
+):  # fmt: skip
+    """Rows BLOCK_M * pid_0 ... of head pid_1 (image-major). On chip: columns are TILE_0 + TILE_1 + TILE_2, absent tiles 0."""
+    head_index = tl.program_id(1)
+    head = head_index % HEADS
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    start = head_index.to(tl.int64) * TOKENS * HEAD_DIM
+    k_ptr += start
+    v_ptr += head_index.to(tl.int64) * HEAD_DIM * PADDED
+    q_mask = (rows < TOKENS)[:, None] & (d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + start + rows[:, None] * HEAD_DIM + d[None, :], mask=q_mask, other=0)
+    c = tl.load(logit_scale_ptr + head)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.int32)
+
+    if ON_CHIP:
+        s0 = _logits(q, k_ptr, 0, TOKENS, d, c, HEAD_DIM, TILE_0)
+        most = tl.max(s0, 1)
+        if TILE_1 > 0:
+            s1 = _logits(q, k_ptr, TILE_0, TOKENS, d, c, HEAD_DIM, TILE_1)
+            most = tl.maximum(most, tl.max(s1, 1))
+        if TILE_2 > 0:
+            s2 = _logits(q, k_ptr, TILE_0 + TILE_1, TOKENS, d, c, HEAD_DIM, TILE_2)
+            most = tl.maximum(most, tl.max(s2, 1))
+        e0 = tl.exp2(s0 - most[:, None])
+        total = tl.sum(e0, 1)
+        acc = _weighted(e0, v_ptr, 0, TOKENS, PADDED, d, acc, HEAD_DIM, P_BITS, PTX, TILE_0)
+        if TILE_1 > 0:
+            e1 = tl.exp2(s1 - most[:, None])
+            total += tl.sum(e1, 1)
+            acc = _weighted(e1, v_ptr, TILE_0, TOKENS, PADDED, d, acc, HEAD_DIM, P_BITS, PTX, TILE_1)
+        if TILE_2 > 0:
+            e2 = tl.exp2(s2 - most[:, None])
+            total += tl.sum(e2, 1)
+            acc = _weighted(e2, v_ptr, TILE_0 + TILE_1, TOKENS, PADDED, d, acc, HEAD_DIM, P_BITS, PTX, TILE_2)
+    else:
+        most = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+        for first in range(0, TOKENS, TILE_0):
+            most = tl.maximum(most, tl.max(_logits(q, k_ptr, first, TOKENS, d, c, HEAD_DIM, TILE_0), 1))
+        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for first in range(0, TOKENS, TILE_0):
+            e = tl.exp2(_logits(q, k_ptr, first, TOKENS, d, c, HEAD_DIM, TILE_0) - most[:, None])
+            total += tl.sum(e, 1)
+            acc = _weighted(e, v_ptr, first, TOKENS, PADDED, d, acc, HEAD_DIM, P_BITS, PTX, TILE_0)
+
+    y = acc.to(tl.float32) * (tl.load(v_scale_ptr + head) / ((2**P_BITS - 1.0) * total))[:, None]
+    width: tl.constexpr = HEADS * HEAD_DIM
+    row_place = ((head_index // HEADS) * TOKENS + rows).to(tl.int64)
+    if FLOAT_OUT:
+        place = row_place[:, None] * width + head * HEAD_DIM + d[None, :]
+        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=q_mask)
+    else:
+        codes = codes_int8(y, inv_scale, zero_point, LOW, HIGH, PTX)
+        if OUT_PACKED:
+            halves = tl.arange(0, BLOCK_D // 2)
+            place = row_place[:, None] * (width // 2) + head * (HEAD_DIM // 2) + halves[None, :]
+            packed_mask = (rows < TOKENS)[:, None] & (halves < HEAD_DIM // 2)[None, :]
+            tl.store(out_ptr + place, pack_nibbles(codes, BLOCK_M, BLOCK_D), mask=packed_mask)
+        else:
+            tl.store(out_ptr + row_place[:, None] * width + head * HEAD_DIM + d[None, :], codes, mask=q_mask)

@@ -1,0 +1,120 @@
+"""Which tile sizes a kernel runs with: from a tuned table where one fits, else by rule.
+
+A rule of thumb for a Hopper: two programs an SM overlap one's epilogue with the other's products, so a tile should need at most 113 KB of
+shared memory and 128 registers a thread; and there should be at least one tile an SM, which small batches get from 64-row tiles and
+from splitting K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import triton
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Tile of `linear_kernel`.
+
+    Attributes:
+        block_m: rows a tile, at least 64 for wgmma.
+        block_n: columns a tile, at least 64 (a multiple, for packed output).
+        block_k: channels a step.
+        split_k: programs that share one tile's channels.
+        group_m: row tiles that run one after the other over the same weights.
+        warps: 4 or 8.
+        stages: depth of the load pipeline.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 128
+    split_k: int = 1
+    group_m: int = 8
+    warps: int = 8
+    stages: int = 3
+
+    def shared_bytes(self, a_bits: int, w_bits: int) -> int:
+        """Shared memory that the load pipeline takes; 4-bit operands are unpacked beside it."""
+        loads = self.stages * self.block_k * (self.block_m * a_bits + self.block_n * w_bits) // 8
+        unpacked = self.block_k * (self.block_m * (a_bits < 8) + self.block_n * (w_bits < 8))
+        return loads + unpacked
+
+    def accumulator_registers(self) -> int:
+        """Registers a thread for the int32 sums."""
+        return self.block_m * self.block_n // (32 * self.warps)
+
+    def to_json(self) -> dict[str, int]:
+        """As it stands in a table."""
+        return asdict(self)
+
+
+LINEAR_CANDIDATES = tuple(
+    LinearConfig(m, n, k, warps=w, stages=s)
+    for m, n, k, w, s in (
+        (128, 128, 128, 8, 3), (128, 128, 128, 4, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 128, 8, 3),
+        (256, 128, 64, 8, 3), (128, 64, 128, 4, 4), (64, 128, 128, 4, 4), (64, 256, 64, 4, 4), (64, 64, 128, 4, 4), (64, 64, 64, 4, 5),
+    )
+)  # fmt: skip
+"""What the tuner tries, before it drops what a GPU cannot hold."""
+
+SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm89": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
+"""Shared memory of one program, bytes."""
+
+MAX_ACCUMULATORS = 128
+
+
+def feasible(config: LinearConfig, arch: str, a_bits: int = 8, w_bits: int = 8) -> bool:
+    """False where a configuration needs more shared memory or registers than the GPU has: not worth compiling."""
+    limit = SHARED_LIMIT.get(arch, 99 * 1024)
+    return config.shared_bytes(a_bits, w_bits) <= limit and config.accumulator_registers() <= MAX_ACCUMULATORS
+
+
+def linear_config(m: int, n: int, k: int, processors: int, arch: str, a_bits: int = 8, w_bits: int = 8) -> LinearConfig:
+    """The rule: the largest tile that still gives every processor one; K split where even the smallest does not."""
+    for config in (LinearConfig(), LinearConfig(64, 128, 128, warps=4), LinearConfig(64, 64, 128, warps=4, stages=4)):
+        tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+        if tiles >= processors and feasible(config, arch, a_bits, w_bits):
+            return config
+    tiles = triton.cdiv(m, 64) * triton.cdiv(n, 64)
+    split = 1
+    while tiles * split * 2 <= processors and k // (split * 2) >= 384:
+        split *= 2
+    stages = 4 if feasible(LinearConfig(64, 64, 128, warps=4, stages=4), arch, a_bits, w_bits) else 3
+    return LinearConfig(64, 64, 128, split_k=split, warps=4, stages=stages)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tile of `attention_kernel`: rows a program, widths of up to three column tiles (0: absent), one pass or two."""
+
+    block_m: int
+    tiles: tuple[int, int, int]
+    on_chip: bool
+    warps: int
+    stages: int = 2
+
+
+MAX_TOKENS_ON_CHIP = 256
+LONG_TILE = 128
+
+
+def column_tiles(tokens: int) -> tuple[int, int, int]:
+    """Up to three powers of two, each at least 32 (int8 dots need that), that cover `tokens` <= 256 with little to spare."""
+    best = (256, 0, 0)
+    sizes = (32, 64, 128, 256)
+    for a in sizes:
+        for b in (0, *sizes):
+            for c in (0, *sizes):
+                fits = a >= b >= c and a + b + c >= tokens
+                # Fewer columns first, then fewer tiles.
+                if fits and (a + b + c, (b > 0) + (c > 0)) < (sum(best), (best[1] > 0) + (best[2] > 0)):
+                    best = (a, b, c)
+    return best
+
+
+def attention_config(tokens: int, head_dim: int) -> AttentionConfig:
+    """On chip up to 256 tokens; 64 rows a program keep the logits within a thread's registers."""
+    if tokens <= MAX_TOKENS_ON_CHIP:
+        return AttentionConfig(64, column_tiles(tokens), True, 4)
+    return AttentionConfig(64, (LONG_TILE, 0, 0), False, 4 if head_dim <= 64 else 8)

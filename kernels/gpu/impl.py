@@ -1,0 +1,233 @@
+"""The CUDA implementation of every op in `kernels/ops.py`, by the same names; `reference.py` says what each computes.
+
+Launchers only: they compute sizes, choose a configuration and start one kernel. With TRITON_INTERPRET=1 they run on CPU tensors too,
+which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lampq_rt.kernels import reference
+from lampq_rt.kernels.gpu import configs
+from lampq_rt.kernels.gpu import linear as linear_kernels
+from lampq_rt.kernels.gpu.attention import attention_kernel
+from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel, quantize_kernel
+
+FULL = reference.code_range(8)
+
+
+@cache
+def _device(index: int | None) -> tuple[str, int, bool]:
+    """(architecture, number of processors, whether inline PTX may be used) of a GPU; of a model H100 in the interpreter."""
+    if index is None or os.environ.get("TRITON_INTERPRET") == "1":
+        return "sm90", 132, False
+    properties = torch.cuda.get_device_properties(index)
+    nvidia = torch.version.hip is None
+    return f"sm{properties.major}{properties.minor}", properties.multi_processor_count, nvidia
+
+
+def _of(x: Tensor) -> tuple[str, int, bool]:
+    return _device(x.device.index if x.is_cuda else None)
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if dtype == torch.int4:
+        return torch.empty((*shape[:-1], shape[-1] // 2), dtype=torch.uint8, device=like.device)
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _bytes(codes: Tensor) -> Tensor:
+    """Packed codes as the int8 bytes that kernels shift and mask."""
+    return codes.view(torch.int8) if codes.dtype == torch.uint8 else codes
+
+
+def quantize(x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """See `reference.quantize`."""
+    x = x.contiguous()
+    out = _empty(x, tuple(x.shape), dtype)
+    low, high = reference.code_range(bits)
+    block = 1024
+    quantize_kernel[(triton.cdiv(x.numel(), block),)](
+        x, _bytes(out), x.numel(), inv_scale, float(zero_point), low, high, dtype == torch.int4, _of(x)[2], block
+    )
+    return out
+
+
+def layernorm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    inv_scale: float,
+    zero_point: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.layernorm_quantize`."""
+    x = x.contiguous()
+    width = x.shape[-1]
+    rows = x.numel() // width
+    out = _empty(x, tuple(x.shape), dtype)
+    block_d = max(triton.next_power_of_2(width), 64)
+    block_m = max(1, min(4, 2048 // block_d))
+    layernorm_quantize_kernel[(triton.cdiv(rows, block_m),)](
+        x, weight if weight is not None else x, bias if bias is not None else x, _bytes(out),
+        rows, width, eps, inv_scale, float(zero_point),
+        weight is not None, bias is not None, *reference.code_range(bits), dtype == torch.int4, _of(x)[2],
+        block_m, block_d, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _launch_linear(
+    epilogue: Any, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out: Tensor, **options: Any
+) -> None:
+    """Start `linear_kernel`; `options` are its epilogue's arguments by the kernel's names."""
+    b_packed = w_q.dtype == torch.uint8
+    n, k = w_q.shape[0], w_q.shape[1] * (2 if b_packed else 1)
+    a_packed = x_q.shape[-1] != k
+    x_q = x_q.contiguous()
+    m = x_q.numel() // x_q.shape[-1]
+    arch, processors, ptx = _of(x_q)
+    bits = (4 if a_packed else 8, 4 if b_packed else 8)
+    config = options.pop("config", None) or configs.linear_config(m, n, k, processors, arch, *bits)
+    images, tokens, heads, head_dim = options.pop("layout", (1, 1, 1, 1))
+    padded = reference.padded_tokens(tokens)
+    if epilogue == linear_kernels.HEADS:
+        width = heads * head_dim
+        tiles = triton.cdiv(m, config.block_m) * triton.cdiv(2 * width, config.block_n)
+        tiles += images * triton.cdiv(padded, config.block_m) * triton.cdiv(width, config.block_n)
+        split = 1
+    else:
+        tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+        split = config.split_k
+    partial = torch.zeros((m, n), dtype=torch.int32, device=x_q.device) if split > 1 else column
+    locks = torch.zeros(tiles, dtype=torch.int32, device=x_q.device) if split > 1 else column
+    low, high = options.pop("codes", FULL)
+    v_low, v_high = options.pop("v_codes", (low, high))
+    linear_kernels.linear_kernel[(tiles, split)](
+        _bytes(x_q), _bytes(w_q), scale, column, bias if bias is not None else scale, _bytes(out),
+        options.pop("k", out), options.pop("v", out), options.pop("step", scale), partial, locks,
+        m, n, k, tokens, padded, options.pop("inv_scale", 1.0), float(options.pop("zero_point", 0)),
+        EPILOGUE=epilogue, GELU=options.pop("gelu", False), FAST_GELU=ptx, HAS_BIAS=bias is not None,
+        LOW=low, HIGH=high, V_LOW=v_low, V_HIGH=v_high,
+        A_PACKED=a_packed, B_PACKED=b_packed, OUT_PACKED=options.pop("out_packed", False),
+        HEADS_=heads, HEAD_DIM=head_dim, IMAGES=images,
+        EVEN_K=k % (config.block_k * split) == 0, SPLIT_K=split, PTX=ptx,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    assert not options, f"unknown options {sorted(options)}"
+
+
+def linear_float(
+    x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype
+) -> Tensor:
+    """See `reference.linear_float`."""
+    out = _empty(x_q, (*x_q.shape[:-1], w_q.shape[0]), dtype)
+    _launch_linear(linear_kernels.FLOAT, x_q, w_q, scale, column, bias, out, gelu=activation == "gelu")
+    return out
+
+
+def linear_requant(
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_inv_scale: float,
+    out_zero_point: int,
+    out_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.linear_requant`."""
+    out = _empty(x_q, (*x_q.shape[:-1], w_q.shape[0]), dtype)
+    _launch_linear(
+        linear_kernels.REQUANT, x_q, w_q, scale, column, bias, out, gelu=activation == "gelu", inv_scale=out_inv_scale,
+        zero_point=out_zero_point, codes=reference.code_range(out_bits), out_packed=dtype == torch.int4,
+    )  # fmt: skip
+    return out
+
+
+def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None) -> None:
+    """See `reference.linear_residual`; `x` contiguous."""
+    assert x.is_contiguous()
+    _launch_linear(linear_kernels.RESIDUAL, x_q, w_q, scale, column, bias, x)
+
+
+def linear_qkv(
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    out_inv_scale: Tensor,
+    qk_bits: int,
+    v_bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.linear_qkv`."""
+    batch, tokens = x_q.shape[:2]
+    head_dim = w_q.shape[0] // (3 * heads)
+    q = torch.empty((batch, heads, tokens, head_dim), dtype=torch.int8, device=x_q.device)
+    k = torch.empty_like(q)
+    shape = (batch, heads, head_dim, reference.padded_tokens(tokens))
+    v = torch.empty(shape, dtype=torch.int8, device=x_q.device)
+    _launch_linear(
+        linear_kernels.HEADS, x_q, w_q, scale, column, bias, q, k=k, v=v, step=out_inv_scale,
+        layout=(batch, tokens, heads, head_dim), codes=reference.code_range(qk_bits), v_codes=reference.code_range(v_bits),
+    )  # fmt: skip
+    return q, k, v
+
+
+def heads_quantize(
+    qkv: Tensor,
+    norm: bool,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    eps: float,
+    heads: int,
+    out_inv_scale: Tensor,
+    qk_bits: int,
+    v_bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.heads_quantize`."""
+    args = (qkv, norm, q_weight, q_bias, k_weight, k_bias, eps, heads, out_inv_scale, qk_bits, v_bits)
+    return reference.heads_quantize(*args)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit_scale: Tensor,
+    v_scale: Tensor,
+    p_bits: int,
+    out_inv_scale: float,
+    out_zero_point: int,
+    out_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.attention`."""
+    batch, heads, tokens, head_dim = q.shape
+    out = _empty(q, (batch, tokens, heads * head_dim), dtype)
+    config = configs.attention_config(tokens, head_dim)
+    floating = out_bits == reference.FLOAT_BITS
+    attention_kernel[(triton.cdiv(tokens, config.block_m), batch * heads)](
+        q, k, v, logit_scale, v_scale, _bytes(out), tokens, v.shape[-1], out_inv_scale, float(out_zero_point),
+        heads, head_dim, p_bits, *(FULL if floating else reference.code_range(out_bits)),
+        floating, dtype == torch.int4, _of(q)[2],
+        config.block_m, max(32, triton.next_power_of_2(head_dim)), *config.tiles, config.on_chip,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out

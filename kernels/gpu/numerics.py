@@ -1,0 +1,105 @@
+"""Small device functions shared by the kernels: rounding to codes, GELU, nibbles.
+
+Each has a plain form, which the interpreter and AMD run, and an inline-PTX form (`PTX` constexpr). They give the same results;
+the PTX form saves instructions (registers hold four codes: no byte permutes).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it off rounds half to even for |v| < 2^22
+
+
+@triton.jit
+def codes_int8(value, inv_scale, zero_point, LOW: tl.constexpr, HIGH: tl.constexpr, PTX: tl.constexpr):
+    """clamp(rne(value * inv_scale + zero_point)) as int8; value fp32, any shape (rule 1)."""
+    scaled = value * inv_scale + zero_point
+    return round_int8(scaled, LOW, HIGH, PTX)
+
+
+@triton.jit
+def round_int8(scaled, LOW: tl.constexpr, HIGH: tl.constexpr, PTX: tl.constexpr):
+    """clamp(rne(scaled)) as int8; scaled fp32."""
+    if PTX:
+        if LOW != -128 or HIGH != 127:
+            scaled = tl.minimum(tl.maximum(scaled, LOW * 1.0), HIGH * 1.0)
+        # Rounds half to even, saturates and packs four codes into a register.
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .s32 a, b, c, d, t;
+            cvt.rni.s32.f32 a, $1;
+            cvt.rni.s32.f32 b, $2;
+            cvt.rni.s32.f32 c, $3;
+            cvt.rni.s32.f32 d, $4;
+            cvt.pack.sat.s8.s32.b32 t, d, c, 0;
+            cvt.pack.sat.s8.s32.b32 $0, b, a, t;
+            }
+            """,
+            "=r,r,r,r,r",
+            [scaled],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    clamped = tl.minimum(tl.maximum(scaled, LOW * 1.0), HIGH * 1.0)
+    return ((clamped + MAGIC) - MAGIC).to(tl.int8)
+
+
+@triton.jit
+def gelu(x, FAST: tl.constexpr):
+    """GELU of fp32 x: the erf form, or a tanh form on pairs of fp16 that moves a code by at most one (rule 6)."""
+    if FAST:
+        inner = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
+        tanh = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 p;
+            cvt.rn.f16x2.f32 p, $3, $2;
+            tanh.approx.f16x2 p, p;
+            .reg .b16 l, h;
+            mov.b32 {l, h}, p;
+            cvt.f32.f16 $0, l;
+            cvt.f32.f16 $1, h;
+            }
+            """,
+            "=r,=r,r,r",
+            [inner],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+        half = 0.5 * x
+        return half * tanh + half
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def low_nibbles_x16(packed, PTX: tl.constexpr):
+    """16 times the signed low nibbles of int8 bytes, as int8: the factor goes into the scale, the shift costs nothing."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return packed << 4
+
+
+@triton.jit
+def high_nibbles_x16(packed, PTX: tl.constexpr):
+    """16 times the signed high nibbles of int8 bytes, as int8."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return packed & -16
+
+
+@triton.jit
+def pack_nibbles(codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """int8 codes [ROWS, COLUMNS] in -8..7 to bytes [ROWS, COLUMNS / 2] in the container's order (groups of 64 columns)."""
+    groups: tl.constexpr = COLUMNS // 64
+    halves = tl.permute(tl.reshape(codes, (ROWS, groups, 2, 32)), (0, 1, 3, 2))
+    low, high = tl.split(halves)
+    return tl.reshape((low & 15) | (high << 4), (ROWS, COLUMNS // 2))
