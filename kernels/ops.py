@@ -1,6 +1,7 @@
-"""The ops: one schema each, whatever the device. `torch.ops.lampq.<name>` runs oneDNN and C++ on a CPU.
+"""The ops: one schema each, whatever the device. `torch.ops.lampq.<name>` is oneDNN and C++ on a CPU, Triton on a GPU.
 
-`ops(backend)` gives the same names as plain functions: "native" dispatches by device, "reference" is `reference.py`.
+`ops(backend)` gives the same names as plain functions: "native" dispatches by device, "reference" is `reference.py`,
+"triton" is the GPU's launchers whatever the device (for Triton's interpreter).
 Shapes and dtypes of every argument are in the docstrings of `reference.py`; a fake of each op here serves tracing
 (torch.compile, export).
 """
@@ -93,18 +94,31 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+def _on_gpu(name: str) -> Callable[..., Any]:
+    """The Triton launcher of that name; Triton is imported by the first call, not by importing this package."""
+
+    def launch(*args: Any) -> Any:
+        from lampq_rt.kernels.gpu import impl
+
+        return getattr(impl, name)(*args)
+
+    return launch
+
+
 def _define() -> SimpleNamespace:
     for name, schema in SCHEMAS.items():
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, getattr(cpu, name), "CPU")
+        LIBRARY.impl(name, _on_gpu(name), "CUDA")
         torch.library.register_fake(f"lampq::{name}", _FAKES[name], lib=LIBRARY)
     return SimpleNamespace(**{name: getattr(torch.ops.lampq, name).default for name in SCHEMAS})
 
 
 NATIVE = _define()
 REFERENCE = SimpleNamespace(**{name: getattr(reference, name) for name in SCHEMAS})
+TRITON = SimpleNamespace(**{name: _on_gpu(name) for name in SCHEMAS})
 
 
 def ops(backend: str) -> SimpleNamespace:
-    """The ops of `backend`, "native" or "reference", as functions called by the names in `SCHEMAS`."""
-    return {"native": NATIVE, "reference": REFERENCE}[backend]
+    """The ops of `backend`, "native", "reference" or "triton", as functions called by the names in `SCHEMAS`."""
+    return {"native": NATIVE, "reference": REFERENCE, "triton": TRITON}[backend]

@@ -14,8 +14,10 @@ from lampq_rt.errors import PlanError
 from lampq_rt.plan import Plan
 from lampq_rt.sites import Description
 
-BACKENDS = ("native", "reference")
-"""`native` runs the device's kernels; `reference` the plain-torch truth, for tests and doubts."""
+BACKENDS = ("native", "reference", "triton")
+"""`native` runs the device's kernels; `reference` the plain-torch truth, for tests and doubts; `triton` the GPU's
+launchers
+whatever the device, for Triton's interpreter."""
 
 
 class CompiledModel(nn.Module):
@@ -177,6 +179,6 @@ def compile(  # noqa: A001
     target = backends.resolve(device)
     check_plan(model, plan)
     adapter = adapter_for(model)
-    integer = adapter.integer(model, plan.sites, backend)
+    integer = adapter.integer(model, plan.sites, backend, plan.residual_dtype)
     compiled = CompiledModel(integer, plan, adapter.architecture(model), backends.fallbacks(plan.sites, target))
     return compiled.to(target).eval().requires_grad_(False)

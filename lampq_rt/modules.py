@@ -1,7 +1,7 @@
 """Integer modules: codes, scales and the calls into `lampq_rt.kernels.ops`. They know no model family.
 
-Everything that an op needs is a buffer (tensors) or a `Step` (numbers from the plan). Codes of activations lie in
-uint8 on a CPU and int8 elsewhere; see `reference.py` for the two containers.
+Everything that an op needs is a buffer (tensors) or a `Step` (numbers from the plan), which also says in which
+container codes of activations lie on a device.
 """
 
 from __future__ import annotations
@@ -27,29 +27,33 @@ class Step:
         inv_scale: fp32(1 / scale), as a Python float.
         zero_point: of the signed code.
         bits: 2..8; 16 for floating point.
+        packs: True where a GPU may store two codes a byte.
     """
 
     inv_scale: float
     zero_point: int
     bits: int
+    packs: bool = False
 
     @classmethod
-    def of(cls, params: SiteParams, operand: str = "input") -> Step:
-        """The step of a linear's input; floating point where the site is."""
+    def of(cls, params: SiteParams, operand: str = "input", *, width: int = 0) -> Step:
+        """The step of a linear's input, `width` codes a row; floating point where the site is."""
         fmt = params.formats[operand]
         if fmt.is_float:
             return FLOAT_STEP
         zero_point = params.tensors.get(f"{operand}.zero_point")
         inv_scale = params.tensors[f"{operand}.scale"].reciprocal()
-        return cls(float(inv_scale), 0 if zero_point is None else int(zero_point), fmt.bits)
+        packs = fmt.bits <= 4 and width > 0 and width % reference.NIBBLE_GROUP == 0
+        return cls(float(inv_scale), 0 if zero_point is None else int(zero_point), fmt.bits, packs)
+
+    def container(self, x: Tensor, backend: str) -> torch.dtype:
+        """The container of these codes on x's device (see `reference.py`)."""
+        if x.device.type == "cpu" and backend != "triton":
+            return torch.uint8
+        return torch.int4 if self.packs else torch.int8
 
 
 FLOAT_STEP = Step(1.0, 0, FLOAT_BITS)
-
-
-def container(x: Tensor) -> torch.dtype:
-    """The dtype in which codes of activations lie on x's device."""
-    return torch.uint8 if x.device.type == "cpu" else torch.int8
 
 
 class IntegerLinear(nn.Module):
@@ -80,7 +84,7 @@ class IntegerLinear(nn.Module):
         self.backend = backend
         self.w_bits = params.formats["weight"].bits
         self.out_features, self.in_features = weight.shape
-        self.input = Step.of(params)
+        self.input = Step.of(params, width=self.in_features)
         self.has_gamma = gamma is not None
         codes = weight_codes(weight.detach().float(), params)
         self.register_buffer("w_q", packing.weight_container(codes, self.w_bits))
@@ -94,14 +98,18 @@ class IntegerLinear(nn.Module):
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of floating-point `x` in this linear's input format."""
         step = self.input
-        return ops(self.backend).quantize(x, step.inv_scale, step.zero_point, step.bits, container(x))
+        return ops(self.backend).quantize(
+            x, step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend)
+        )
 
     def to_codes(self, x_q: Tensor, out: Step, activation: str) -> Tensor:
         """Codes [..., N] for the next op, or fp32 where `out` is floating point."""
         args = (x_q, self.w_q, self.scale, self.column, self.bias, activation)
         if out.bits == FLOAT_BITS:
             return ops(self.backend).linear_float(*args, torch.float32)
-        return ops(self.backend).linear_requant(*args, out.inv_scale, out.zero_point, out.bits, container(x_q))
+        return ops(self.backend).linear_requant(
+            *args, out.inv_scale, out.zero_point, out.bits, out.container(x_q, self.backend)
+        )
 
     def to_float(self, x_q: Tensor) -> Tensor:
         """fp32 [..., N]."""
@@ -131,10 +139,10 @@ class QuantizingNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Floating point [..., D] to codes [..., D]."""
         norm, step = self.norm, self.step
-        tail = (step.inv_scale, step.zero_point, step.bits, container(x))
+        tail = (step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend))
         if isinstance(norm, nn.LayerNorm):
             return ops(self.backend).layernorm_quantize(x, norm.weight, norm.bias, norm.eps, *tail)
-        return ops(self.backend).quantize(norm(x), *tail)
+        return ops(self.backend).quantize(norm(x.float()), *tail)
 
 
 class IntegerAttention(nn.Module):
@@ -176,7 +184,7 @@ class IntegerAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Step) -> Tensor:
         """Codes (or fp32 where `out` is floating point) [B, N, H*d] for the output projection."""
-        dtype = torch.float32 if out.bits == FLOAT_BITS else container(q)
+        dtype = torch.float32 if out.bits == FLOAT_BITS else out.container(q, self.backend)
         return ops(self.backend).attention(
             q, k, v, self.logit_scale, self.v_scale, self.p_bits, out.inv_scale, out.zero_point, out.bits, dtype
         )

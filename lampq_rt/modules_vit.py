@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lampq_rt.errors import ModelError
+from lampq_rt.kernels.reference import NIBBLE_GROUP
 from lampq_rt.modules import (
     FLOAT_STEP,
     IntegerAttention,
@@ -47,12 +50,14 @@ class AttentionPart(nn.Module):
         self.scale = nn.Identity() if isinstance(self.proj, IntegerLinear) else block.ls1
         self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
         self.matmuls = None if qk.is_float else IntegerAttention(qk, pv, self.heads, self.head_dim, backend)
+        out_step = self.proj.input if isinstance(self.proj, IntegerLinear) else FLOAT_STEP
+        # A group of channels that share bytes must not cross heads.
+        self.out_step = replace(out_step, packs=out_step.packs and self.head_dim % NIBBLE_GROUP == 0)
         self.plain = isinstance(self.qkv, IntegerLinear) and isinstance(self.q_norm, nn.Identity)
 
     def add_to(self, x: Tensor) -> Tensor:
         """[B, N, D]; the result may share x's memory."""
-        out_step = self.proj.input if isinstance(self.proj, IntegerLinear) else FLOAT_STEP
-        out = self._mixed_tokens(self.norm(x), out_step)
+        out = self._mixed_tokens(_normed(self.norm, x), self.out_step)
         return _add_linear(x, self.proj, self.scale, out, out_is_float=self.matmuls is None)
 
     def _mixed_tokens(self, x: Tensor, out: Step) -> Tensor:
@@ -81,7 +86,7 @@ class MlpPart(nn.Module):
 
     def add_to(self, x: Tensor) -> Tensor:
         """[B, N, D]; the result may share x's memory."""
-        hidden = self.norm(x)
+        hidden = _normed(self.norm, x)
         if isinstance(self.fc1, IntegerLinear) and self.fused:
             step = self.fc2.input if isinstance(self.fc2, IntegerLinear) else FLOAT_STEP
             return _add_linear(x, self.fc2, self.scale, self.fc1.to_codes(hidden, step, "gelu"), out_is_float=False)
@@ -98,7 +103,7 @@ class FloatPart(nn.Module):
 
     def add_to(self, x: Tensor) -> Tensor:
         """[B, N, D]."""
-        return x + self.scale(self.layer(self.norm(x)))
+        return x + self.scale(self.layer(self.norm(x.float()))).to(x.dtype)
 
 
 class IntegerBlock(nn.Module):
@@ -123,17 +128,41 @@ class IntegerBlock(nn.Module):
 
 
 class IntegerBlocks(nn.Sequential):
-    """The blocks in a row; one copy of the residual stream at the start instead of one a block."""
+    """The blocks in a row; one copy of the residual stream at the start instead of one a block.
+
+    Args:
+        blocks: `IntegerBlock`s, and originals where nothing in a block could be quantised.
+        residual_dtype: of the residual stream on a GPU; a CPU keeps fp32.
+    """
+
+    def __init__(self, *blocks: nn.Module, residual_dtype: torch.dtype = torch.float16) -> None:
+        super().__init__(*blocks)
+        self.residual_dtype = residual_dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] to [B, N, D]; `x` is left as it is."""
-        x = x.clone()
+        """[B, N, D] to [B, N, D] of the same dtype; `x` is left as it is."""
+        stream = x.to(self.residual_dtype if x.is_cuda else x.dtype, copy=True)
         for block in self:
-            x = block.advance(x) if isinstance(block, IntegerBlock) else block(x)
-        return x
+            if isinstance(block, IntegerBlock):
+                stream = block.advance(stream)
+            else:
+                stream = block(stream.to(x.dtype)).to(stream.dtype)
+        return stream.to(x.dtype)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A block, or a run of them that keeps the dtype of the stream."""
+        if isinstance(index, slice):
+            return IntegerBlocks(*list(self)[index], residual_dtype=self.residual_dtype)
+        return super().__getitem__(index)
 
 
-def integer_vit(model: VisionTransformer, description: Description, sites: Mapping[str, SiteParams], backend: str) -> nn.Module:
+def integer_vit(
+    model: VisionTransformer,
+    description: Description,
+    sites: Mapping[str, SiteParams],
+    backend: str,
+    residual_dtype: str = "float16",
+) -> nn.Module:
     """A copy of a timm VisionTransformer that runs the integer ops of `backend` at its sites.
 
     Weights that become codes are not copied first, so that the peak is one floating-point model and one integer model.
@@ -157,7 +186,7 @@ def integer_vit(model: VisionTransformer, description: Description, sites: Mappi
                 MlpPart(block, prefix, sites, backend) if mlp else FloatPart(block.norm2, block.mlp, block.ls2),
             )
         )
-    twin.blocks = IntegerBlocks(*blocks)
+    twin.blocks = IntegerBlocks(*blocks, residual_dtype=getattr(torch, residual_dtype))
     for site in replaced:
         if site.kind is Kind.PATCH_EMBED:
             conv = twin.patch_embed.proj
@@ -181,10 +210,15 @@ def _norm(norm: nn.Module, linear: nn.Module, backend: str) -> nn.Module:
     return QuantizingNorm(norm, linear.input, backend) if isinstance(linear, IntegerLinear) else norm
 
 
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """Codes, or fp32 where the norm was left as it is: its weights are fp32 whatever the residual stream."""
+    return norm(x) if isinstance(norm, QuantizingNorm) else norm(x.float())
+
+
 def _add_linear(x: Tensor, linear: nn.Module, scale: nn.Module, hidden: Tensor, *, out_is_float: bool) -> Tensor:
     """x + scale(linear(hidden)); in place where the linear is integer."""
     if not isinstance(linear, IntegerLinear):
-        return x + scale(linear(hidden))
+        return x + scale(linear(hidden)).to(x.dtype)
     linear.add_to(x, linear.quantize(hidden) if out_is_float else hidden)
     return x
 

@@ -272,5 +272,5 @@ def test_devices_and_backends_that_cannot_serve(small: Small) -> None:
     for device in ("cuda", "mps", "nonsense"):
         with pytest.raises(BackendError, match="cpu"):
             lampq_rt.compile(model, plan, device=device)
-    with pytest.raises(BackendError, match="unknown backend 'fast'; allowed: native, reference"):
+    with pytest.raises(BackendError, match="unknown backend 'fast'; allowed: native, reference, triton"):
         lampq_rt.compile(model, plan, backend="fast")

@@ -1,1 +1,1 @@
-"""The GPU's side of the ops: Triton kernels, their launchers and configurations. Imported only when a CUDA tensor comes."""
+"""The GPU's side of the ops: Triton kernels, launchers, configurations. Imported when a CUDA tensor comes."""

@@ -1,12 +1,13 @@
 """softmax(QK^T)V on codes, requantised, for rows that fit on chip and for longer ones (rule 7).
 
-One program takes BLOCK_M rows of one head. Up to 256 tokens all logits of a row stay in registers: the columns are covered by up to three
-tiles of a power of two (197 = 128 + 64 + 32, not 256), so there is one QK^T, one softmax over the whole row, one PV. Longer rows take two
-passes over K: the first finds each row's maximum, the second computes the exponentials with it, so that every code of P means the same
-as on chip (an online softmax would change the codes as the maximum moves).
+One program takes BLOCK_M rows of one head. Up to 256 tokens all logits of a row stay in registers: the columns are
+covered by up to three tiles of a power of two (197 = 128 + 64 + 32, not 256), so there is one QK^T, one softmax over
+the whole row, one PV. Longer rows take two passes over K: the first finds each row's maximum, the second computes the
+exponentials with it, so that every code of P means the same as on chip (an online softmax would change the codes as
+the maximum moves).
 
-int8 P holds the code minus 2^(bits-1); what that takes from the product is given back by the column sums of v, which a row of ones
-times v^T gives for free on the same tensor cores (`half_sums`).
+int8 P holds the code minus 2^(bits-1); what that takes from the product is given back by the column sums of v, which
+a row of ones times v^T gives for free on the same tensor cores (`half_sums`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def _weighted(
 ):  # fmt: skip
     """acc + (codes of e, minus their half) @ v + half * column sums of v, int32 [BLOCK_M, BLOCK_D]."""
     columns = first + tl.arange(0, BLOCK_N)
-    mask = (d < HEAD_DIM)[:, None] & (columns < PADDED)[None, :]  # v's padding is zero; masking at TOKENS loads bytes
+    # v's padding is zero; a mask at TOKENS would load single bytes.
+    mask = (d < HEAD_DIM)[:, None] & (columns < PADDED)[None, :]
     v = tl.load(v_ptr + d[:, None] * PADDED + columns[None, :], mask=mask, other=0)  # [BLOCK_D, BLOCK_N]
     half: tl.constexpr = 2 ** (P_BITS - 1)
     p = round_int8(e * (2**P_BITS - 1.0) - half, -half, half - 1, PTX)
@@ -54,7 +56,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_0: tl.constexpr, TILE_1: tl.constexpr, TILE_2: tl.constexpr, ON_CHIP: tl.constexpr,
 ):  # fmt: skip
-    """Rows BLOCK_M * pid_0 ... of head pid_1 (image-major). On chip: columns are TILE_0 + TILE_1 + TILE_2, absent tiles 0."""
+    """Rows BLOCK_M * pid_0 ... of head pid_1 (image-major); on chip, absent tiles are 0 wide."""
     head_index = tl.program_id(1)
     head = head_index % HEADS
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,8 +1,8 @@
 """Which tile sizes a kernel runs with: from a tuned table where one fits, else by rule.
 
-A rule of thumb for a Hopper: two programs an SM overlap one's epilogue with the other's products, so a tile should need at most 113 KB of
-shared memory and 128 registers a thread; and there should be at least one tile an SM, which small batches get from 64-row tiles and
-from splitting K.
+A rule of thumb for a Hopper: two programs an SM overlap one's epilogue with the other's products, so a tile should
+need at most 113 KB of shared memory and 128 registers a thread; and there should be at least one tile an SM, which
+small batches get from 64-row tiles and from splitting K.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ LINEAR_CANDIDATES = tuple(
     LinearConfig(m, n, k, warps=w, stages=s)
     for m, n, k, w, s in (
         (128, 128, 128, 8, 3), (128, 128, 128, 4, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 128, 8, 3),
-        (256, 128, 64, 8, 3), (128, 64, 128, 4, 4), (64, 128, 128, 4, 4), (64, 256, 64, 4, 4), (64, 64, 128, 4, 4), (64, 64, 64, 4, 5),
+        (256, 128, 64, 8, 3), (128, 64, 128, 4, 4), (64, 128, 128, 4, 4), (64, 256, 64, 4, 4), (64, 64, 128, 4, 4),
+        (64, 64, 64, 4, 5),
     )
 )  # fmt: skip
 """What the tuner tries, before it drops what a GPU cannot hold."""
@@ -100,7 +101,7 @@ LONG_TILE = 128
 
 
 def column_tiles(tokens: int) -> tuple[int, int, int]:
-    """Up to three powers of two, each at least 32 (int8 dots need that), that cover `tokens` <= 256 with little to spare."""
+    """Up to three powers of two, each at least 32 (int8 dots need that), that cover `tokens` <= 256."""
     best = (256, 0, 0)
     sizes = (32, 64, 128, 256)
     for a in sizes:
@@ -118,3 +119,9 @@ def attention_config(tokens: int, head_dim: int) -> AttentionConfig:
     if tokens <= MAX_TOKENS_ON_CHIP:
         return AttentionConfig(64, column_tiles(tokens), True, 4)
     return AttentionConfig(64, (LONG_TILE, 0, 0), False, 4 if head_dim <= 64 else 8)
+
+
+def layernorm_blocks(width: int) -> tuple[int, int]:
+    """Rows a program and columns rounded up to a power of two: about 2,048 values for 4 warps."""
+    block_d = max(triton.next_power_of_2(width), 64)
+    return max(1, min(8, 2048 // block_d)), block_d

@@ -1,7 +1,7 @@
 """The CUDA implementation of every op in `kernels/ops.py`, by the same names; `reference.py` says what each computes.
 
-Launchers only: they compute sizes, choose a configuration and start one kernel. With TRITON_INTERPRET=1 they run on CPU tensors too,
-which is how they are tested without a GPU.
+Launchers only: they compute sizes, choose a configuration and start one kernel. With TRITON_INTERPRET=1 they run on
+CPU tensors too, which is how they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FULL = reference.code_range(8)
 
 @cache
 def _device(index: int | None) -> tuple[str, int, bool]:
-    """(architecture, number of processors, whether inline PTX may be used) of a GPU; of a model H100 in the interpreter."""
+    """(architecture, processors, whether PTX may be used) of a GPU; an H100's in the interpreter."""
     if index is None or os.environ.get("TRITON_INTERPRET") == "1":
         return "sm90", 132, False
     properties = torch.cuda.get_device_properties(index)
@@ -75,8 +75,7 @@ def layernorm_quantize(
     width = x.shape[-1]
     rows = x.numel() // width
     out = _empty(x, tuple(x.shape), dtype)
-    block_d = max(triton.next_power_of_2(width), 64)
-    block_m = max(1, min(4, 2048 // block_d))
+    block_m, block_d = configs.layernorm_blocks(width)
     layernorm_quantize_kernel[(triton.cdiv(rows, block_m),)](
         x, weight if weight is not None else x, bias if bias is not None else x, _bytes(out),
         rows, width, eps, inv_scale, float(zero_point),
@@ -87,7 +86,14 @@ def layernorm_quantize(
 
 
 def _launch_linear(
-    epilogue: Any, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out: Tensor, **options: Any
+    epilogue: Any,
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    **options: Any,
 ) -> None:
     """Start `linear_kernel`; `options` are its epilogue's arguments by the kernel's names."""
     b_packed = w_q.dtype == torch.uint8
@@ -183,7 +189,8 @@ def linear_qkv(
     v = torch.empty(shape, dtype=torch.int8, device=x_q.device)
     _launch_linear(
         linear_kernels.HEADS, x_q, w_q, scale, column, bias, q, k=k, v=v, step=out_inv_scale,
-        layout=(batch, tokens, heads, head_dim), codes=reference.code_range(qk_bits), v_codes=reference.code_range(v_bits),
+        layout=(batch, tokens, heads, head_dim), codes=reference.code_range(qk_bits),
+        v_codes=reference.code_range(v_bits),
     )  # fmt: skip
     return q, k, v
 

@@ -7,12 +7,14 @@ One kernel serves the int8 and the packed 4-bit container of either operand and 
     RESIDUAL  x += scale, bias, in place                                     proj, fc2
     HEADS     scale, bias, requantise per head; q, k by rows, v transposed    qkv
 
-Both operands are K-contiguous, as wgmma wants them. A packed operand holds channel j of each group of 64 in the low nibble of byte j and
-channel j + 32 in the high one, so a tile takes two dots: low nibbles against channels j, high against j + 32. Nibbles stay 16 times too
-large (no sign extension, no byte permutes) and the factor is taken off in the scale, which is exact.
+Both operands are K-contiguous, as wgmma wants them. A packed operand holds channel j of each group of 64 in the low
+nibble of byte j and channel j + 32 in the high one, so a tile takes two dots: low nibbles against channels j, high
+against j + 32. Nibbles stay 16 times too large (no sign extension, no byte permutes) and the factor is taken off in
+the scale, which is exact.
 
-HEADS: the columns of v use row tiles that never cross an image, so that the transposed tile is stored in 16-byte pieces along tokens and
-the padding of v^T is written (as zeros) by the tile that reaches it. The columns of q and k use flat row tiles.
+HEADS: the columns of v use row tiles that never cross an image, so that the transposed tile is stored in 16-byte
+    pieces along tokens and the padding of v^T is written (as zeros) by the tile that reaches it. The columns of q and
+    k use flat row tiles.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def _accumulate(
             inside = (k + channels < K)[None, :]
             a_mask = row_mask[:, None] if EVEN_K else row_mask[:, None] & inside
             b_mask = column_mask[:, None] if EVEN_K else column_mask[:, None] & inside
-            a = tl.load(a_ptr + row_offsets[:, None] + (k + channels)[None, :], mask=a_mask, other=0)  # [BLOCK_M, BLOCK_K]
+            a = tl.load(
+                a_ptr + row_offsets[:, None] + (k + channels)[None, :], mask=a_mask, other=0
+            )  # [BLOCK_M, BLOCK_K]
             b = tl.load(b_ptr + column_offsets[:, None] + (k + channels)[None, :], mask=b_mask, other=0)
             acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
         return acc
@@ -141,7 +145,9 @@ def linear_kernel(
         is_v = pid >= flat_tiles
         if is_v:
             per_image = tl.cdiv(PADDED, BLOCK_M)
-            tile_m, tile_n = _tile_order(pid - flat_tiles, IMAGES * per_image, tl.cdiv(HEADS_ * HEAD_DIM, BLOCK_N), GROUP_M)
+            tile_m, tile_n = _tile_order(
+                pid - flat_tiles, IMAGES * per_image, tl.cdiv(HEADS_ * HEAD_DIM, BLOCK_N), GROUP_M
+            )
             image, first_token = tile_m // per_image, (tile_m % per_image) * BLOCK_M
             first_row, row_limit = image * TOKENS + first_token, (image + 1) * TOKENS
             first_column, column_limit = 2 * HEADS_ * HEAD_DIM + tile_n * BLOCK_N, N

@@ -1,7 +1,7 @@
 """Small device functions shared by the kernels: rounding to codes, GELU, nibbles.
 
-Each has a plain form, which the interpreter and AMD run, and an inline-PTX form (`PTX` constexpr). They give the same results;
-the PTX form saves instructions (registers hold four codes: no byte permutes).
+Each has a plain form, which the interpreter and AMD run, and an inline-PTX form (`PTX` constexpr). They give the same
+results; the PTX form saves instructions (registers hold four codes: no byte permutes).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def gelu(x, FAST: tl.constexpr):
 
 @triton.jit
 def low_nibbles_x16(packed, PTX: tl.constexpr):
-    """16 times the signed low nibbles of int8 bytes, as int8: the factor goes into the scale, the shift costs nothing."""
+    """16 times the signed low nibbles of int8 bytes, as int8; the factor is taken off the sum."""
     if PTX:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
@@ -98,7 +98,7 @@ def high_nibbles_x16(packed, PTX: tl.constexpr):
 
 @triton.jit
 def pack_nibbles(codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """int8 codes [ROWS, COLUMNS] in -8..7 to bytes [ROWS, COLUMNS / 2] in the container's order (groups of 64 columns)."""
+    """int8 codes [ROWS, COLUMNS] in -8..7 to bytes [ROWS, COLUMNS / 2] in the container's order."""
     groups: tl.constexpr = COLUMNS // 64
     halves = tl.permute(tl.reshape(codes, (ROWS, groups, 2, 32)), (0, 1, 3, 2))
     low, high = tl.split(halves)

@@ -30,7 +30,9 @@ class Adapter(Protocol):
         """A copy of `model` whose sites are `lampq_rt.simulate` modules, reachable by site name."""
         ...
 
-    def integer(self, model: nn.Module, sites: Mapping[str, SiteParams], backend: str) -> nn.Module:
+    def integer(
+        self, model: nn.Module, sites: Mapping[str, SiteParams], backend: str, residual_dtype: str = "float16"
+    ) -> nn.Module:
         """A copy of `model` whose sites run integer ops; shares no parameter that the caller could change."""
         ...
 

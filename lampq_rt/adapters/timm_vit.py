@@ -70,11 +70,13 @@ class TimmVit:
                 _replace(twin, site.name, SimulatedLinear(linear))
         return twin
 
-    def integer(self, model: nn.Module, sites: Mapping[str, SiteParams], backend: str) -> nn.Module:
+    def integer(
+        self, model: nn.Module, sites: Mapping[str, SiteParams], backend: str, residual_dtype: str = "float16"
+    ) -> nn.Module:
         """See `Adapter.integer`."""
         from lampq_rt.modules_vit import integer_vit
 
-        return integer_vit(model, self.describe(model), sites, backend)
+        return integer_vit(model, self.describe(model), sites, backend, residual_dtype)
 
     def architecture(self, model: nn.Module) -> dict[str, Any]:
         """See `Adapter.architecture`."""
