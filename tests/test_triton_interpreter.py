@@ -1,7 +1,8 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors, against the reference.
 
 `TRITON_INTERPRET` is read when a kernel is decorated, so these tests are a pytest process of their own (`make test`
-starts it); in any other they are skipped. What compiles is tested in `test_triton_compile.py`: the interpreter accepts more.
+starts it); in any other they are skipped. What compiles is tested in `test_triton_compile.py`: the interpreter
+accepts more.
 """
 
 from __future__ import annotations

@@ -99,10 +99,10 @@ def _store_heads(
     if is_v:
         channel = columns - 2 * width  # [BLOCK_N]: h * d + j
         tokens = first_token + tl.arange(0, BLOCK_M)
-        codes = tl.where((tokens < TOKENS)[:, None], codes, 0)
-        place = (image * width + channel).to(tl.int64)[:, None] * PADDED + tokens[None, :]
-        mask = (channel < width)[:, None] & (tokens < PADDED)[None, :]
-        tl.store(v_ptr + place, tl.trans(codes), mask=mask)
+        transposed = tl.trans(tl.where((tokens < TOKENS)[:, None], codes, 0))
+        v_place = (image * width + channel).to(tl.int64)[:, None] * PADDED + tokens[None, :]
+        v_mask = (channel < width)[:, None] & (tokens < PADDED)[None, :]
+        tl.store(v_ptr + v_place, transposed, mask=v_mask)
     else:
         image_of, token = rows // TOKENS, rows % TOKENS
         head, j = (columns % width) // HEAD_DIM, columns % HEAD_DIM

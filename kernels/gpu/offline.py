@@ -1,8 +1,8 @@
 """Compiles a kernel for a GPU that is not there, and reads what the compiler made of it.
 
 Triton's compiler needs no device: PTX and SASS for sm_80, sm_89, sm_90 and sm_100 come out of it on any machine. From
-them tests and `benchmarks.compile_report` read what a speed depends on: which matrix instruction, how wide the loads and
-stores, what was spilled.
+them tests and `benchmarks.compile_report` read what a speed depends on: which matrix instruction, how wide the loads
+and stores, what was spilled.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ def _read(ptx: str, sass: str, shared_bytes: int) -> Compiled:
     return Compiled(
         wgmma=len(re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8", ptx)),
         mma=len(re.findall(r"mma\.sync\S*\.s8\.s8", ptx)),
-        byte_accesses=len(re.findall(r"\b(?:ld|st)\.(?:global|shared)\S*\.[bus]8\b", ptx)),
+        byte_accesses=len(re.findall(r"\b(?:ld|st)\.(?:global|shared)(?:(?!\.v\d)\S)*\.[bus]8\b", ptx)),
         load_bytes=_widths(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx) + _copies(ptx),
         store_bytes=_widths(r"st\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         shared_bytes=shared_bytes,
         registers=max((int(r) for r in registers), default=0) + 1,
-        instructions=len(re.findall(r"^\s+(?:\[.*?\]\s*)?(?:@!?U?P\w+\s+)?[A-Z][A-Z0-9_.]+\b.*;", sass, re.MULTILINE)),
+        instructions=len(re.findall(r"\t\S.*;$", sass, re.MULTILINE)),
     )
 
 
