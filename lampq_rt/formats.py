@@ -34,7 +34,7 @@ class Format:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in (*INTEGER_BITS, FLOAT_BITS):
+        if type(self.bits) is not int or self.bits not in (*INTEGER_BITS, FLOAT_BITS):
             raise FormatError(f"bits = {self.bits!r}; allowed: 2..8, or 16 for floating point")
         if (self.bits == FLOAT_BITS) != (self.scheme == "float"):
             raise FormatError(f"{self.bits} bits with scheme {self.scheme!r}; 16 bits and scheme 'float' go together")
