@@ -77,7 +77,7 @@ def resolve(device: str | torch.device | None) -> torch.device:
     """The device to compile for; None is the CPU.
 
     Raises:
-        BackendError: the device does not exist here, or this version has no kernels for it.
+        BackendError: the device does not exist here, or there are no kernels for it.
     """
     try:
         chosen = torch.device("cpu" if device is None else device)
@@ -88,7 +88,10 @@ def resolve(device: str | torch.device | None) -> torch.device:
             raise BackendError(
                 "device 'cuda' was asked for, but PyTorch finds no CUDA GPU on this machine; allowed: cpu"
             )
-        raise BackendError("this version has integer kernels for the CPU only; device 'cuda' is not available yet")
+        major, minor = torch.cuda.get_device_capability(chosen)
+        if major < 8 and torch.version.hip is None:
+            name = torch.cuda.get_device_name(chosen)
+            raise BackendError(f"{name} is sm_{major}{minor}; the int8 kernels need sm_80 (A100, RTX 30) or newer")
     if chosen.type != "cpu":
         raise BackendError(f"device {str(device)!r} has no integer kernels; allowed: cpu, cuda")
     return chosen

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lampq_rt import backends
 from lampq_rt.errors import PlanError
 from lampq_rt.plan import Plan
+from lampq_rt.runner import GraphRunner
 from lampq_rt.sites import Description
 
 BACKENDS = ("native", "reference", "triton")
@@ -27,6 +28,7 @@ class CompiledModel(nn.Module):
         model: the original's skeleton with integer modules in place of its sites.
         plan: the plan it was compiled from.
         architecture: JSON-able arguments that rebuild the skeleton without the original weights.
+        use_graphs: False calls the kernels one by one on a GPU, too.
         fallbacks: what runs in floating point although the plan says integer, by site, with the reason.
     """
 
@@ -39,11 +41,25 @@ class CompiledModel(nn.Module):
         self.plan = plan
         self.architecture = architecture
         self.fallbacks = fallbacks
+        self.use_graphs = True
+        self._runner: GraphRunner | None = None
         self.register_buffer("plan_digest", torch.tensor(list(bytes.fromhex(plan.digest)), dtype=torch.uint8))
 
     def forward(self, images: Tensor) -> Tensor:
-        """fp32 images [B, C, H, W], normalised as for the original, to logits [B, classes]."""
-        return self.model(images)
+        """fp32 images [B, C, H, W], normalised as for the original, to logits [B, classes].
+
+        On a GPU the call runs as a CUDA graph (`runner`), unless it is being traced or `use_graphs` is off.
+        """
+        if not images.is_cuda or not self.use_graphs or torch.compiler.is_compiling():
+            return self.model(images)
+        if self._runner is None:
+            self._runner = GraphRunner(self.model)
+        with torch.no_grad():
+            return self._runner(images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies capture graphs of their own."""
+        return {**self.__dict__, "_runner": None}
 
     def forward_features(self, images: Tensor) -> Tensor:
         """fp32 images [B, C, H, W] to token features [B, N, D], as timm's method."""
@@ -59,6 +75,8 @@ class CompiledModel(nn.Module):
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self._runner = None  # its graphs hold the addresses of the buffers
 
         return super()._apply(move, recurse)
 
