@@ -15,12 +15,14 @@ import triton
 from torch import Tensor
 
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.gpu import configs
+from lampq_rt.kernels.gpu import configs, tables
 from lampq_rt.kernels.gpu import linear as linear_kernels
 from lampq_rt.kernels.gpu.attention import attention_kernel
 from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel, quantize_kernel
 
 FULL = reference.code_range(8)
+NAMES = ("requant", "float", "residual", "heads")
+"""Epilogues by their number in `linear.py`."""
 
 
 @cache
@@ -103,7 +105,11 @@ def _launch_linear(
     m = x_q.numel() // x_q.shape[-1]
     arch, processors, ptx = _of(x_q)
     bits = (4 if a_packed else 8, 4 if b_packed else 8)
-    config = options.pop("config", None) or configs.linear_config(m, n, k, processors, arch, *bits)
+    config = options.pop("config", None)
+    if config is None:
+        gelu, out_packed = bool(options.get("gelu")), bool(options.get("out_packed"))
+        key = tables.linear_key(NAMES[epilogue.value], m, n, k, *bits, 4 if out_packed else 8, gelu)
+        config = tables.linear(arch, key) or configs.linear_config(m, n, k, processors, arch, *bits)
     images, tokens, heads, head_dim = options.pop("layout", (1, 1, 1, 1))
     padded = reference.padded_tokens(tokens)
     if epilogue == linear_kernels.HEADS:
