@@ -1,0 +1,94 @@
+"""Runs what has been waiting for a GPU: checks every kernel, tunes, times models against `torch.compile` and other packages.
+
+    python -m benchmarks.gpu --minutes 9 --out DIR [--resume FILE] [--weights FILE]
+
+The most valuable comes first. Every part is a process of its own with a time limit; its result is written as soon as it is there, a
+part that fails is recorded with the end of its output, and the rest goes on. A second call with `--resume` (by default the
+results kept in benchmarks/results) goes on where the first stopped, and does again what the kernels' sources have outdated.
+DIR then holds results.json, tuning tables and a log: at most eight files.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gpu.plan import PARTS, Part, sources_digest
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "benchmarks" / "results" / "gpu.json"
+RESERVE_S = 5
+"""Left at the end for writing."""
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for results.json and tables.")],
+    minutes: Annotated[float, typer.Option(help="Wall-clock time to use, minutes.")] = 9.0,
+    resume: Annotated[Path, typer.Option(help="Results of an earlier call, to go on from.")] = KEPT,
+    weights: Annotated[Path | None, typer.Option(help="DeiT-Tiny weights (.safetensors), to compare logits.")] = None,
+    only: Annotated[str, typer.Option(help="Run only parts whose name starts with this.")] = "",
+) -> None:
+    """Check, tune and time the kernels on this machine's GPU."""
+    deadline = time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    digest = sources_digest()
+    done: dict[str, Any] = json.loads(resume.read_text())["parts"] if resume.is_file() else {}
+    for part in PARTS:
+        old = done.get(part.name)
+        if not part.name.startswith(only) or (old and old["ok"] and old["sources"] == digest):
+            continue
+        left = deadline - time.monotonic() - RESERVE_S
+        if left < part.least_s:
+            typer.echo(f"{part.name}: left for the next call ({left:.0f} s remain, {part.least_s} s needed)")
+            continue
+        done[part.name] = {**_run(part, min(left, part.limit_s), out, weights), "sources": digest}
+        (out / "results.json").write_text(json.dumps({"parts": done}, indent=1))
+    (out / "results.json").write_text(json.dumps({"parts": done}, indent=1))
+    _show(done)
+
+
+def _run(part: Part, limit_s: float, out: Path, weights: Path | None) -> dict[str, Any]:
+    """One part in its own process."""
+    result = out / "part.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.gpu.parts", part.name, "--result", str(result), "--tables", str(out)]
+    if weights:
+        command += ["--weights", str(weights)]
+    start = time.monotonic()
+    with (out / "log.txt").open("ab") as log:
+        first = log.tell()
+        try:
+            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=limit_s).returncode
+        except subprocess.TimeoutExpired:
+            status = -1
+    seconds = round(time.monotonic() - start, 1)
+    data = json.loads(result.read_text()) if result.is_file() else None
+    result.unlink(missing_ok=True)
+    ok = status == 0 and data is not None
+    typer.echo(f"{part.name}: {'ok' if ok else 'failed'} in {seconds} s")
+    entry: dict[str, Any] = {"ok": ok, "seconds": seconds, "data": data}
+    if not ok:
+        tail = (out / "log.txt").read_bytes()[first:][-3000:].decode(errors="replace")
+        entry["error"] = f"time limit of {limit_s:.0f} s" if status == -1 else tail
+    return entry
+
+
+def _show(done: dict[str, Any]) -> None:
+    """A table for people."""
+    table = Table("part", "", "seconds", "summary", title="GPU")
+    for name, entry in done.items():
+        summary = (entry["data"] or {}).get("summary", "") if entry["ok"] else entry.get("error", "")[-160:]
+        table.add_row(name, "ok" if entry["ok"] else "failed", str(entry["seconds"]), summary)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,213 @@
+"""The parts of `python -m benchmarks.gpu`, each a function that gives JSON-able facts and a line of summary."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import triton
+import typer
+
+import lampq_rt
+from benchmarks.gpu.models import range_plan
+from lampq_rt.kernels import reference
+from lampq_rt.kernels.gpu import impl, tables, tune
+from lampq_rt.kernels.ops import NATIVE, SCHEMAS
+
+Facts = dict[str, Any]
+
+
+def bench(function: Callable[[], object]) -> dict[str, float]:
+    """Median and spread of a call in milliseconds, with the L2 cache cleared in between."""
+    low, median, high = triton.testing.do_bench(function, warmup=25, rep=200, quantiles=[0.2, 0.5, 0.8])
+    return {"p20": low, "median": median, "p80": high}
+
+
+def correctness(_: list[str], __: Path, ___: Path | None) -> Facts:
+    """Every op on the GPU against the reference on the CPU, each fed the same inputs."""
+    from benchmarks.gpu.cases import cases
+
+    rows = []
+    for label, name, args in cases():
+        on_gpu = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+        came, wanted = getattr(NATIVE, name)(*on_gpu), getattr(reference, name)(*args)
+        if came is None:  # in place
+            came, wanted = on_gpu[0], args[0]
+        pairs = list(zip(came, wanted, strict=True)) if isinstance(came, tuple) else [(came, wanted)]
+        for got, want in pairs:
+            got = got.cpu()
+            if got.dtype == torch.uint8:
+                got, want = reference.unpack_int4(got), reference.unpack_int4(want)
+            difference = (got.double() - want.double()).abs()
+            rows.append({"case": label, "max": float(difference.max()), "rate": float((difference > 0).double().mean())})
+    worst = max((r for r in rows if "float" not in r["case"] and "residual" not in r["case"]), key=lambda r: r["max"])
+    assert {name for _, name, _ in cases()} == set(SCHEMAS)
+    return {"rows": rows, "summary": f"{len(rows)} results, worst code difference {worst['max']:.0f} ({worst['case']})"}
+
+
+def ceilings(_: list[str], __: Path, ___: Path | None) -> Facts:
+    """What this GPU gives at best: copy, bf16 and int8 matmul."""
+    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    copy_ms = bench(lambda: y.copy_(x))["median"]
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    bf16_ms = bench(lambda: a @ a)["median"]
+    q = torch.randint(-127, 128, (8192, 8192), device="cuda", dtype=torch.int8)
+    int8_ms = bench(lambda: torch._int_mm(q, q.t()))["median"]
+    gb_s, bf16, int8 = 2 * x.numel() / copy_ms / 1e6, 2 * 8192**3 / bf16_ms / 1e9, 2 * 8192**3 / int8_ms / 1e9
+    summary = f"copy {gb_s:.0f} GB/s, bf16 {bf16:.0f} TFLOP/s, int8 (cuBLASLt) {int8:.0f} TOP/s"
+    return {"copy_gb_s": gb_s, "bf16_tflops": bf16, "int8_tops": int8, "gpu": torch.cuda.get_device_name(), "summary": summary}
+
+
+def gemm(_: list[str], __: Path, ___: Path | None) -> Facts:
+    """TOP/s of the linears of ViT-Base at batch 64, by epilogue, each at its best configuration."""
+    rows = []
+    for epilogue, n, k, gelu in (
+        ("float", 3072, 768, False), ("requant", 3072, 768, False), ("requant", 3072, 768, True),
+        ("residual", 768, 3072, False), ("residual", 768, 768, False), ("heads", 2304, 768, False),
+    ):  # fmt: skip
+        m = 64 * 197
+        for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
+            key, config, ms = tune.tune_linear(
+                epilogue, m, n, k, a_bits=a_bits, w_bits=w_bits, gelu=gelu, heads=12, tokens=197
+            )
+            rows.append({"key": key, "ms": ms, "tops": 2 * m * n * k / ms / 1e9, "config": config.to_json()})
+    best = max(rows, key=lambda r: r["tops"])
+    return {"rows": rows, "summary": f"best {best['tops']:.0f} TOP/s ({best['key']})"}
+
+
+def attention(_: list[str], __: Path, ___: Path | None) -> Facts:
+    """Attention of ViT-Base at batch 64 against bf16 scaled_dot_product_attention."""
+    b, h, n, d = 64, 12, 197, 64
+    q, k, v = (torch.randint(-127, 128, (b, h, n, d), device="cuda", dtype=torch.int8) for _ in range(3))
+    v = reference.transpose_v(v)
+    c, s = torch.full((h,), 1e-3, device="cuda"), torch.ones(h, device="cuda")
+    ours = bench(lambda: impl.attention(q, k, v, c, s, 8, 1.0, 0, 8, torch.int8))
+    f = torch.randn(b, h, n, d, device="cuda", dtype=torch.bfloat16)
+    sdpa = bench(lambda: torch.nn.functional.scaled_dot_product_attention(f, f, f))
+    ratio = sdpa["median"] / ours["median"]
+    return {"ours_ms": ours, "sdpa_bf16_ms": sdpa, "summary": f"{ours['median']:.3f} ms, {ratio:.2f} x SDPA bf16"}
+
+
+def tune_model(args: list[str], out: Path, _: Path | None) -> Facts:
+    """Tune the linears of one model at one batch; the table is written to `out`."""
+    import timm
+
+    name, batch = args[0], int(args[1])
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    d, heads = model.embed_dim, model.blocks[0].attn.num_heads
+    hidden, tokens = model.blocks[0].mlp.fc1.out_features, model.pos_embed.shape[1]
+    m, found = batch * tokens, {}
+    for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
+        shared = {"a_bits": a_bits, "w_bits": w_bits}
+        for work in (
+            {"epilogue": "heads", "n": 3 * d, "k": d, "heads": heads, "tokens": tokens},
+            {"epilogue": "residual", "n": d, "k": d}, {"epilogue": "residual", "n": d, "k": hidden},
+            {"epilogue": "requant", "n": hidden, "k": d, "gelu": True, "out_bits": a_bits},
+        ):  # fmt: skip
+            key, config, _ms = tune.tune_linear(m=m, **shared, **work)
+            found[key] = config
+    arch = impl._device(0)[0]
+    tables.save(arch, found, out / f"{arch}.json")
+    tables.save(arch, found)
+    return {"entries": {k: c.to_json() for k, c in found.items()}, "summary": f"{len(found)} shapes tuned for {arch}"}
+
+
+def model_speed(args: list[str], _: Path, __: Path | None) -> Facts:
+    """One model and batch: W8A8, W4A8, W4A4 and mixed plans against `torch.compile` bf16 with CUDA graphs."""
+    import timm
+
+    name, batch, mode = args[0], int(args[1]), args[2]
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    images = torch.randn(batch, 3, 224, 224, device="cuda")
+    compile_mode = {"max-autotune": "max-autotune", "default": "reduce-overhead"}[mode]
+    rows: dict[str, Any] = {}
+    with torch.inference_mode():
+        for label, bits, input_bits in (("w8a8", 8, 8), ("w4a8", 4, 8), ("w4a4", 4, 4), ("mixed", None, None)):
+            torch.cuda.reset_peak_memory_stats()
+            fast = lampq_rt.compile(model, range_plan(model, bits, input_bits), device="cuda")
+            fast(images)
+            row = {**bench(lambda fast=fast: fast(images)), "weight_bytes": fast.weight_bytes}
+            rows[label] = {**row, "peak_bytes": torch.cuda.max_memory_allocated()}
+            del fast
+        half = model.cuda().bfloat16()
+        compiled = torch.compile(half, mode=compile_mode)
+        cast = images.bfloat16()
+        rows["bf16-compile"] = bench(lambda: compiled(cast))
+        rows["bf16-eager"] = bench(lambda: half(cast))
+    ratio = rows["bf16-compile"]["median"] / rows["w8a8"]["median"]
+    summary = f"W8A8 {rows['w8a8']['median']:.3f} ms, {ratio:.2f} x torch.compile bf16 ({mode})"
+    return {"rows": rows, "images_per_s": batch / rows["w8a8"]["median"] * 1e3, "ratio": ratio, "summary": summary}
+
+
+def peers(args: list[str], _: Path, __: Path | None) -> Facts:
+    """torchao int8 and fp8 rowwise on the same model, where it is installed."""
+    import timm
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    name, batch = args[0], int(args[1])
+    images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    rows = {}
+    for label, config in (
+        ("torchao-int8", Int8DynamicActivationInt8WeightConfig()),
+        ("torchao-fp8-row", Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())),
+    ):
+        torch._inductor.config.force_fuse_int_mm_with_mul = True
+        model = timm.create_model(name).eval().cuda().bfloat16()
+        quantize_(model, config)
+        compiled = torch.compile(model, mode="max-autotune")
+        with torch.inference_mode():
+            rows[label] = bench(lambda compiled=compiled: compiled(images))
+    return {"rows": rows, "summary": ", ".join(f"{k} {v['median']:.3f} ms" for k, v in rows.items())}
+
+
+def logits(_: list[str], __: Path, weights: Path | None) -> Facts:
+    """GPU logits against the reference's on a real DeiT-Tiny (random weights where none are given)."""
+    import timm
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    if weights:
+        model.load_state_dict(load_file(weights))
+    images = torch.randn(8, 3, 224, 224)
+    plan = range_plan(model, 8, 8)
+    with torch.inference_mode():
+        came = lampq_rt.compile(model, plan, device="cuda")(images.cuda()).cpu()
+        truth, original = lampq_rt.compile(model, plan, backend="reference")(images), model(images)
+    rms, noise = float((came - truth).pow(2).mean().sqrt()), float((truth - original).pow(2).mean().sqrt())
+    return {"rms": rms, "noise": noise, "summary": f"RMS to reference {rms:.4f}, reference to fp32 {noise:.4f}"}
+
+
+FUNCTIONS: dict[str, Callable[[list[str], Path, Path | None], Facts]] = {
+    "correctness": correctness, "ceilings": ceilings, "gemm": gemm, "attention": attention, "tune": tune_model,
+    "model": model_speed, "peers": peers, "logits": logits,
+}  # fmt: skip
+
+
+def main(
+    name: str,
+    result: Annotated[Path, typer.Option()],
+    tables_folder: Annotated[Path, typer.Option("--tables")],
+    weights: Annotated[Path | None, typer.Option()] = None,
+) -> None:
+    """Run one part and write its facts."""
+    function, *args = name.split(":")
+    facts = FUNCTIONS[function](args, tables_folder, weights)
+    assert all(math.isfinite(v) for v in facts.values() if isinstance(v, float))
+    result.write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    typer.run(main)

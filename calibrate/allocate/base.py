@@ -1,0 +1,97 @@
+"""What an allocator is given and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from lampq_rt.errors import BudgetError
+from lampq_rt.registry import Registry
+
+TOLERANCE = 1e-9
+"""Relative excess over a limit that is a rounding error of the sum, not a broken budget."""
+
+Bits = Mapping[str, int]
+"""A width for every site that the allocator decides on."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Choose one width per site: least total penalty, every total cost within its limit.
+
+    Attributes:
+        penalties: by site and width; what a width does to the answers, in any unit that can be added up. Every site
+            has the widths that it may choose from here, narrowest first.
+        costs: by unit, site and width.
+        limits: by unit, of the whole model.
+        constants: by unit, what everything else costs (0 where missing).
+    """
+
+    penalties: Mapping[str, Mapping[int, float]]
+    costs: Mapping[str, Mapping[str, Mapping[int, float]]]
+    limits: Mapping[str, float]
+    constants: Mapping[str, float]
+
+    def cost(self, unit: str, bits: Bits) -> float:
+        """Total of `unit` at these widths, `constants` included."""
+        costs = self.costs[unit]
+        return self.constants.get(unit, 0.0) + sum(costs[site][width] for site, width in bits.items())
+
+    def excess(self, unit: str, bits: Bits) -> float:
+        """How far these widths lie above the limit of `unit`, as a share of it; 0.0 where they keep it."""
+        over = self.cost(unit, bits) / self.limits[unit] - 1.0
+        return over if over > TOLERANCE else 0.0
+
+    def fits(self, bits: Bits) -> bool:
+        """True where every budget is kept."""
+        return not any(self.excess(unit, bits) for unit in self.limits)
+
+    def penalty(self, bits: Bits) -> float:
+        """Total penalty at these widths."""
+        return sum(self.penalties[site][width] for site, width in bits.items())
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """An allocator's answer.
+
+    Attributes:
+        bits: a width for every site of the problem.
+        objective: total penalty.
+        gap: relative distance of `objective` to the proven lower bound; 0.0 where it is optimal, None where nothing
+            is proven.
+    """
+
+    bits: Bits
+    objective: float
+    gap: float | None
+
+
+class Allocator(Protocol):
+    """One way of choosing bits."""
+
+    def __call__(self, problem: Problem) -> Allocation:
+        """Widths within all budgets.
+
+        Raises:
+            BudgetError: there are none; one line with the smallest value that each broken budget could have.
+        """
+        ...
+
+
+ALLOCATORS: Registry[Allocator] = Registry("allocator")
+
+
+def infeasible(problem: Problem, smallest: Mapping[str, float]) -> BudgetError:
+    """The error for a problem without a solution: `smallest` is the least feasible value of each broken budget."""
+    parts = [
+        f"{unit} = {_number(problem.limits[unit])} cannot be met; the smallest possible here is {_number(least)}"
+        for unit, least in smallest.items()
+    ]
+    return BudgetError("; ".join(parts))
+
+
+def _number(value: float) -> str:
+    """For people: all digits of a large number (rounded up, so that it is feasible), six of a small one."""
+    return f"{-int(-value // 1):,}" if value >= 1e6 else f"{value:.6g}"

@@ -1,0 +1,43 @@
+"""Bytes of the model's tensors in memory, in the containers that the kernels read (docs/numerics.md).
+
+Codes of at most 4 bits lie two to a byte where K is a multiple of 64, all wider ones (and those with another K) in
+one byte each: 3 bits cost what 4 do, and 5 what 8 do. A weight left in floating point counts 4 bytes an element: what
+it takes on a CPU. On disk, codes are packed at exactly their width; that is reported with the checkpoint and is not
+this cost.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lampq_rt.backends import Formats
+from lampq_rt.calibrate.costs.base import COSTS
+from lampq_rt.kernels.reference import NIBBLE_GROUP
+from lampq_rt.sites import Description, Site
+
+FLOAT_BYTES = 4
+CHANNEL_BYTES = 8
+"""Step (fp32) and column constant (int32) of each output channel of an integer linear."""
+
+PACKED_BITS = 4
+
+
+@COSTS.register("weight_bytes")
+class WeightBytes:
+    """Codes, steps and column constants of the sites, and all that stays: embeddings, norms, biases. Unit: bytes."""
+
+    def __init__(self, model: nn.Module, description: Description) -> None:
+        tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+        elements = sum(t.numel() for t in tensors.values())
+        self.full = float(FLOAT_BYTES * elements)
+        self.constant = float(FLOAT_BYTES * (elements - sum(site.params for site in description.sites)))
+
+    def of(self, site: Site, formats: Formats) -> float:
+        """See `Cost.of`; a matmul has no weight."""
+        if site.is_matmul:
+            return 0.0
+        weight = formats["weight"]
+        if weight.is_float:
+            return float(FLOAT_BYTES * site.params)
+        packed = weight.bits <= PACKED_BITS and site.in_features % NIBBLE_GROUP == 0
+        return float((site.params + 1) // 2 if packed else site.params) + CHANNEL_BYTES * site.out_features

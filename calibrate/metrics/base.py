@@ -1,0 +1,78 @@
+"""What a penalty is made from, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lampq_rt.calibrate.metrics.alpha import TypeDrops
+from lampq_rt.calibrate.metrics.fisher import Fisher
+from lampq_rt.plan import SiteParams
+from lampq_rt.registry import Registry
+from lampq_rt.sites import Site
+
+Table = Mapping[str, Mapping[int, SiteParams]]
+"""Formats and steps by site and width."""
+
+
+class Evidence(Protocol):
+    """What the calibrator has measured of one model. Each part is measured when it is first asked for."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The blocks' linears: the sites whose width is chosen."""
+        ...
+
+    @property
+    def table(self) -> Table:
+        """Their formats and steps at every width that may be chosen, narrowest first."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Their weights in floating point, fp32 [N, K]."""
+        ...
+
+    @property
+    def fisher(self) -> Mapping[str, Fisher]:
+        """Their gradients' statistics in the floating-point model."""
+        ...
+
+    @property
+    def context(self) -> Mapping[str, Fisher]:
+        """The same in the model with every site at the nominal width."""
+        ...
+
+    @property
+    def drops(self) -> TypeDrops:
+        """What quantising one layer of each type alone does to the answers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """A penalty's answer.
+
+    Attributes:
+        penalties: by site and width, narrowest first; only their ratios matter.
+        sensitivity: one number per site for people: the larger, the more it deserves bits.
+        facts: JSON-able facts for the plan's provenance.
+    """
+
+    penalties: Mapping[str, Mapping[int, float]]
+    sensitivity: Mapping[str, float]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Penalty(Protocol):
+    """One model of what a width does to the answers: additive over sites."""
+
+    def __call__(self, evidence: Evidence) -> Score:
+        """Penalties of every site of `evidence` at every width of its table."""
+        ...
+
+
+PENALTIES: Registry[Penalty] = Registry("penalty")

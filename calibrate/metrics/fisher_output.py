@@ -1,0 +1,69 @@
+"""The Fisher-weighted error of a layer's output, both operands quantised:
+
+    1/2 * E_n sum over tokens and channels of (dl/dy)^2 * (y_hat - y)^2,    y = W x,  y_hat = W_hat x_hat.
+
+The second-order change of the loss (nats), the Fisher matrix with respect to y taken as diagonal. Unlike the trace of
+the weight's Fisher matrix it sees the clipping, the rounding of this very weight, and the error of the input, which
+at equal widths is most of it.
+
+"fisher-output" takes inputs and gradients from the floating-point model; it predicts what quantising one layer alone
+does. "fisher-context" takes them from the model with every site at the nominal width (`context`): what one more or
+one less bit does where the plan will work, among the errors of all other layers. At few bits the two differ by depth
+and type, and only the second is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lampq_rt.calibrate.metrics.base import PENALTIES, Evidence, Score
+from lampq_rt.calibrate.metrics.fisher import Fisher
+from lampq_rt.plan import SiteParams
+from lampq_rt.quantizers import QUANTIZERS
+from lampq_rt.simulate import quantized_weight
+
+
+@PENALTIES.register("fisher-output")
+def penalty(evidence: Evidence) -> Score:
+    """See `Penalty`; the sensitivity is the squared output gradient, summed over tokens, mean over channels (nats^2)."""
+    return _score(evidence, evidence.fisher)
+
+
+@PENALTIES.register("fisher-context")
+def penalty_in_context(evidence: Evidence) -> Score:
+    """As `penalty`, at the operating point of the model with every site at the nominal width."""
+    return _score(evidence, evidence.context)
+
+
+def _score(evidence: Evidence, fisher: Mapping[str, Fisher]) -> Score:
+    penalties = {}
+    for site in evidence.sites:
+        seen, weight = fisher[site.name], evidence.weights[site.name]
+        exact = seen.rows @ weight.t()
+        penalties[site.name] = {
+            bits: 0.5 * float((seen.weights * (output(seen.rows, weight, params) - exact).square()).sum())
+            for bits, params in evidence.table[site.name].items()
+        }
+    return Score(penalties, {site.name: float(fisher[site.name].output.mean()) for site in evidence.sites})
+
+
+def output(rows: Tensor, weight: Tensor, params: SiteParams) -> Tensor:
+    """W_hat x_hat of a linear without its bias.
+
+    Args:
+        rows: fp32 [R, K].
+        weight: fp32 [N, K], in floating point.
+        params: formats and steps of both operands.
+
+    Returns:
+        fp32 [R, N].
+    """
+    if params.is_float:
+        return rows @ weight.t()
+    fmt, scale = params.formats["input"], params.tensors["input.scale"].to(rows.device)
+    zero_point = params.tensors.get("input.zero_point")
+    zero_point = None if zero_point is None else zero_point.to(rows.device)
+    x = QUANTIZERS.get(fmt.scheme).fake_quantize(rows, scale, zero_point, fmt.bits)
+    return x @ quantized_weight(weight, params).t()

@@ -1,0 +1,309 @@
+"""From a model, images and a budget to a plan: measure, score, allocate, refine, write down.
+
+    calibration = calibrate(model, images)                 # measures; nothing is measured twice
+    plan = calibration.plan(Budget(mean_bits=4))           # any number of budgets and recipes
+    plan = make_plan(model, images, budget=Budget(mean_bits=4))      # both in one
+
+The allocator decides on the blocks' linears (LampQ, AAAI-26, section 4.1). Patch embedding (input at 8 bits), head
+and attention matmuls take the nominal width: the budget's mean bits, rounded; without such a budget, the mean that
+comes out, rounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lampq_rt.calibrate.allocate import ALLOCATORS, Allocation, Problem
+from lampq_rt.calibrate.costs import COSTS, Budget, Cost
+from lampq_rt.calibrate.evidence import Measurements, SearchEvidence, resolve_device
+from lampq_rt.calibrate.metrics import PENALTIES, Score
+from lampq_rt.calibrate.progress import Report, reporting
+from lampq_rt.calibrate.recipes import RECIPES, Recipe
+from lampq_rt.calibrate.refine import refine
+from lampq_rt.errors import BudgetError
+from lampq_rt.formats import INTEGER_BITS
+from lampq_rt.plan import Plan, SiteParams, weights_digest
+from lampq_rt.version import __version__
+
+Penalties = Mapping[str, Mapping[int, float]]
+
+
+def make_plan(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    budget: Budget,
+    labels: Tensor | None = None,
+    recipe: str = "lampq",
+    target: str = "any",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    model_name: str | None = None,
+    images_digest: str | None = None,
+    progress: Report | bool | None = None,
+) -> Plan:
+    """Choose bits and steps for every site of `model`.
+
+    The same arguments, machine and number of threads give the same plan, byte for byte.
+
+    Args:
+        model: a timm Vision Transformer in floating point; it is copied, never changed.
+        images: [n, C, H, W] floating point, normalised as for the model; 32 are enough.
+        budget: upper limits, any number of units at once.
+        labels: int64 [n] classes of the images; without, the model's own answers stand in for them.
+        recipe: name in `RECIPES`.
+        target: "any", "cpu" or "cuda": whose formats may be used.
+        seed: of everything that is sampled.
+        device: where to measure, "cpu" (default) or "cuda".
+        model_name: what the plan calls the model; timm's name of it by default.
+        images_digest: what the plan records of the images; the SHA-256 of their values by default.
+        progress: True for a bar, or a function called with stage, done and total.
+
+    Raises:
+        ModelError: the model is of no supported family.
+        DataError: images or labels that do not fit the model or are not finite.
+        BudgetError: no choice of bits keeps the budget.
+        BackendError: unknown target or device.
+        UnknownNameError: unknown recipe.
+    """
+    RECIPES.get(recipe)  # before the minutes that measuring takes
+    with reporting(progress) as report:
+        calibration = Calibration(
+            model,
+            images,
+            labels,
+            target,
+            seed,
+            device,
+            model_name=model_name,
+            images_digest=images_digest,
+            report=report,
+        )
+        return calibration.plan(budget, recipe)
+
+
+def calibrate(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    labels: Tensor | None = None,
+    target: str = "any",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    model_name: str | None = None,
+    images_digest: str | None = None,
+    report: Report | None = None,
+) -> Calibration:
+    """A calibration that several plans can be asked of; arguments and errors as `make_plan`."""
+    return Calibration(
+        model, images, labels, target, seed, device, model_name=model_name, images_digest=images_digest, report=report
+    )
+
+
+class Calibration:
+    """One model with its calibration images. Made by `calibrate`; `plan` measures what is missing and keeps it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor | None,
+        target: str,
+        seed: int,
+        device: str | torch.device | None,
+        *,
+        model_name: str | None,
+        images_digest: str | None,
+        report: Report | None,
+    ) -> None:
+        self.measurements = Measurements(
+            model,
+            images,
+            labels,
+            target=target,
+            seed=seed,
+            device=resolve_device(device),
+            report=report or (lambda stage, done, total: None),
+        )
+        self.description = self.measurements.description
+        self.costs: dict[str, Cost] = {unit: COSTS.get(unit)(model, self.description) for unit in COSTS}
+        self.target = target
+        self.model_name = model_name or self.description.architecture
+        self.weights_digest = weights_digest(model)
+        self.images_digest = images_digest or tensor_digest(self.measurements.images)
+        self._evidence: dict[tuple[str, int], SearchEvidence] = {}
+        self._scores: dict[tuple[str, str, int], Score] = {}
+
+    def plan(self, budget: Budget, recipe: str = "lampq") -> Plan:
+        """The plan of that recipe under `budget`.
+
+        Raises:
+            BudgetError: no choice of bits keeps the budget.
+            UnknownNameError: unknown recipe.
+        """
+        chosen = RECIPES.get(recipe)
+        limits = {unit: budget.resolve(unit, self.costs[unit].full) for unit in budget}
+        nominal = self._nominal_bits(chosen, limits)
+        score = self._score(chosen, nominal)
+        problem = self._problem(limits, nominal, None if score is None else score.penalties)
+        allocation = ALLOCATORS.get(chosen.allocator)(problem)
+        bits, refined = dict(allocation.bits), None
+        fixed = self._fixed(chosen.search, nominal)
+        if chosen.refine and bits:
+            bits, refined = self._refine(chosen, nominal, problem, bits, fixed)
+        table = self.measurements.params(chosen.search, {name: [width] for name, width in bits.items()})
+        decided = {name: table[name][width] for name, width in bits.items()}
+        sites = {site.name: {**fixed, **decided}[site.name] for site in self.description.sites}
+        provenance = self._provenance(chosen, budget, limits, nominal, allocation, score, sites, refined)
+        dtype = self.measurements.residual_dtype
+        return Plan(self.model_name, self.weights_digest, sites, provenance, residual_dtype=dtype)
+
+    def evidence(self, search: str, nominal: int) -> SearchEvidence:
+        """What penalties are made from, with the range search of that name and that nominal width."""
+        key = (search, nominal)
+        if key not in self._evidence:
+            self._evidence[key] = SearchEvidence(self.measurements, search, nominal)
+        return self._evidence[key]
+
+    def _score(self, recipe: Recipe, nominal: int) -> Score | None:
+        if recipe.penalty is None:
+            return None
+        key = (recipe.search, recipe.penalty, nominal)
+        if key not in self._scores:
+            self._scores[key] = PENALTIES.get(recipe.penalty)(self.evidence(recipe.search, nominal))
+        return self._scores[key]
+
+    def _problem(self, limits: Mapping[str, float], nominal: int, penalties: Penalties | None) -> Problem:
+        """The choice of widths, the other sites being at the nominal width; by default, with penalties that know no data."""
+        linears, menu = self.measurements.linears, self.measurements.menu
+        widths = {site.name: self.measurements.widths(site) for site in linears}
+        if penalties is None:
+            penalties = {site.name: {w: site.params * 4.0**-w for w in widths[site.name]} for site in linears}
+        costs, constants = {}, {}
+        for unit in limits:
+            cost = self.costs[unit]
+            costs[unit] = {s.name: {w: cost.of(s, menu[s.name][w]) for w in widths[s.name]} for s in linears}
+            others = (site for site in self.description.sites if site not in linears)
+            constants[unit] = cost.constant + sum(
+                cost.of(site, menu[site.name][self.measurements.nearest(site, nominal)]) for site in others
+            )
+        return Problem(penalties, costs, limits, constants)
+
+    def _nominal_bits(self, recipe: Recipe, limits: Mapping[str, float]) -> int:
+        """The nominal width: a budget of mean bits, rounded; else the widest that does not exceed the mean that it leaves.
+
+        Nothing is measured for it, so that a budget that cannot be met says so at once.
+
+        Raises:
+            BudgetError: no choice of bits keeps the limits.
+        """
+        allocator = ALLOCATORS.get(recipe.allocator)
+        if "mean_bits" in limits:
+            nominal = _rounded(limits["mean_bits"])
+            allocator(self._problem(limits, nominal, None))
+            return nominal
+        for nominal in reversed(INTEGER_BITS[1:]):
+            try:
+                bits = allocator(self._problem(limits, nominal, None)).bits
+            except BudgetError:
+                continue
+            if not bits or _rounded(self._mean_bits(bits)) >= nominal:
+                return nominal
+        allocator(self._problem(limits, INTEGER_BITS[0], None))
+        return INTEGER_BITS[0]
+
+    def _mean_bits(self, bits: Mapping[str, int]) -> float:
+        linears = self.measurements.linears
+        return sum(s.params * bits[s.name] for s in linears) / sum(s.params for s in linears)
+
+    def _fixed(self, search: str, nominal: int) -> dict[str, SiteParams]:
+        """Sites that the allocator does not decide on, at the nominal width."""
+        others = [site for site in self.description.sites if site not in self.measurements.linears]
+        widths = {site.name: self.measurements.nearest(site, nominal) for site in others}
+        found = self.measurements.params(search, {name: [width] for name, width in widths.items()})
+        return {name: found[name][width] for name, width in widths.items()}
+
+    def _refine(
+        self,
+        recipe: Recipe,
+        nominal: int,
+        problem: Problem,
+        bits: Mapping[str, int],
+        fixed: Mapping[str, SiteParams],
+    ) -> tuple[dict[str, int], Mapping[str, Any]]:
+        m, evidence = self.measurements, self.evidence(recipe.search, nominal)
+        m.simulation.reset()
+        m.simulation.set(fixed)
+        try:
+            result = refine(
+                m.simulation,
+                evidence.table,
+                problem,
+                evidence.errors,
+                bits,
+                m.judge,
+                progress=lambda done, total: m.report("iterative update", done, total),
+            )
+        finally:
+            m.simulation.reset()
+        return dict(result.bits), result.facts
+
+    def _provenance(
+        self,
+        recipe: Recipe,
+        budget: Budget,
+        limits: Mapping[str, float],
+        nominal: int,
+        allocation: Allocation,
+        score: Score | None,
+        sites: Mapping[str, SiteParams],
+        refined: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """JSON-able facts; no times and no paths, so that equal work gives equal bytes."""
+        costs = {
+            unit: cost.constant + sum(cost.of(site, sites[site.name].formats) for site in self.description.sites)
+            for unit, cost in self.costs.items()
+        }
+        return {
+            "version": __version__,
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "device": next(self.measurements.simulation.parameters()).device.type,
+            "seed": self.measurements.seed,
+            "target": self.target,
+            "images": {
+                "count": len(self.measurements.images),
+                "sha256": self.images_digest,
+                "labels": self.measurements.judge.labels is not None,
+            },
+            "recipe": recipe.to_json(),
+            "budget": {u: {"asked": budget.limits[u], "limit": limits[u], "reached": costs[u]} for u in limits},
+            "costs": costs,
+            "full_costs": {unit: cost.full for unit, cost in self.costs.items()},
+            "nominal_bits": nominal,
+            "objective": allocation.objective,
+            "mip_gap": allocation.gap,
+            "metric": {} if score is None else dict(score.facts),
+            "sensitivity": {} if score is None else dict(score.sensitivity),
+            "refine": None if refined is None else dict(refined),
+            "residual_max": self.measurements.residual_max,
+            "skipped": [{"name": s.name, "reason": s.reason} for s in self.description.skipped],
+        }
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over shape, dtype and bytes, hexadecimal."""
+    data = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{data.dtype}|{tuple(data.shape)}|".encode())
+    digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _rounded(mean_bits: float) -> int:
+    """`mean_bits` rounded, within the integer widths."""
+    return min(max(round(mean_bits), INTEGER_BITS[0]), INTEGER_BITS[-1])

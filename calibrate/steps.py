@@ -1,0 +1,135 @@
+"""From observations to the steps of every site at every width: the table that metrics and allocation choose from.
+
+Weights are quantised first (`search.weight_mse`), then the input's range is searched against the quantised weight, so that the
+table holds what will run. Sites do not see each other's quantisation: all observations are of the floating-point model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lampq_rt.calibrate.observe import LinearObservation, Observation, Progress, PVObservation, QKObservation
+from lampq_rt.calibrate.search import SEARCHES, Steps, weight_scale
+from lampq_rt.errors import DataError, FormatError
+from lampq_rt.formats import Format
+from lampq_rt.plan import SiteParams
+from lampq_rt.quantizers import QUANTIZERS
+from lampq_rt.simulate import SimulatedLinear, Simulation
+from lampq_rt.sites import Kind, Site
+
+DEFAULT_SEARCH = "output-error"
+
+_Solver = Callable[[Mapping[str, Format]], dict[str, Tensor]]
+"""Formats of a site's operands, none of them float, to its tensors."""
+
+
+def site_params(
+    site: Site,
+    formats: Mapping[str, Format],
+    observation: Observation,
+    weight: Tensor | None,
+    search: str = DEFAULT_SEARCH,
+) -> SiteParams:
+    """Steps of one site in one choice of formats.
+
+    Args:
+        site: whose steps to choose.
+        formats: a format per operand, as `lampq_rt.backends.formats` gives.
+        observation: of that site, from `observe`.
+        weight: fp32 [N, ...] for a linear; None for a matmul.
+        search: name of a range search.
+
+    Returns:
+        Tensors as `lampq_rt.plan.SiteParams` says, on the CPU; none where the formats are float.
+
+    Raises:
+        UnknownNameError: no search has that name.
+        DataError: the weight holds a NaN or infinity.
+    """
+    return _fill(site, formats, _solver(site, observation, weight, search))
+
+
+def step_table(
+    simulation: Simulation,
+    observations: Mapping[str, Observation],
+    menu: Mapping[str, Sequence[Mapping[str, Format]]],
+    search: str = DEFAULT_SEARCH,
+    progress: Progress | None = None,
+) -> dict[str, dict[int, SiteParams]]:
+    """Steps of every site of `menu` at every width offered there.
+
+    Args:
+        simulation: holds the sites and their weights; not changed.
+        observations: from `observe`.
+        menu: by site name, the choices of formats, as `lampq_rt.backends.menu` gives; one per width.
+        search: name of a range search.
+        progress: called with the number of sites done and their number after each site.
+
+    Returns:
+        By site name, then by width (16: floating point, without tensors), in the order of `menu`.
+
+    Raises:
+        UnknownNameError: no search has that name.
+        FormatError: two choices of one site have the same width.
+        DataError: a weight holds a NaN or infinity.
+    """
+    sites = {site.name: site for site in simulation.description.sites}
+    table: dict[str, dict[int, SiteParams]] = {}
+    for done, (name, choices) in enumerate(menu.items(), 1):
+        module = simulation.module(name)
+        weight = module.original.weight.detach() if isinstance(module, SimulatedLinear) else None
+        solver = _solver(sites[name], observations[name], weight, search)
+        table[name] = {}
+        for formats in choices:
+            params = _fill(sites[name], formats, solver)
+            if params.bits in table[name]:
+                raise FormatError(f"site {name!r}: the menu offers {params.bits} bits twice")
+            table[name][params.bits] = params
+        if progress is not None:
+            progress(done, len(menu))
+    return table
+
+
+def _fill(site: Site, formats: Mapping[str, Format], solver: _Solver) -> SiteParams:
+    tensors = {} if all(f.is_float for f in formats.values()) else solver(formats)
+    return SiteParams(site.kind, dict(formats), tensors, site.params)
+
+
+@torch.no_grad()
+def _solver(site: Site, observation: Observation, weight: Tensor | None, search: str) -> _Solver:
+    """What the search prepares once for all widths of a site."""
+    chosen = SEARCHES.get(search)
+    if site.kind is Kind.QK:
+        assert isinstance(observation, QKObservation), site.name
+        solve_qk = chosen.qk(observation)
+        return lambda formats: _tensors(dict(zip(("q", "k"), solve_qk(formats["q"]), strict=True)))
+    if site.kind is Kind.PV:
+        assert isinstance(observation, PVObservation), site.name
+        solve_pv = chosen.pv(observation)
+        return lambda formats: _tensors({"v": solve_pv(formats["v"])})
+    assert isinstance(observation, LinearObservation) and weight is not None, site.name
+    rows = weight.detach().flatten(1).float()
+    if not bool(rows.isfinite().all()):
+        raise DataError(f"site {site.name!r}: its weight holds a NaN or infinity")
+    solve_input = chosen.linear(observation, rows)
+
+    def solve(formats: Mapping[str, Format]) -> dict[str, Tensor]:
+        fmt = formats["weight"]
+        scale = weight_scale(rows, fmt.bits)
+        weight_hat = QUANTIZERS.get(fmt.scheme).fake_quantize(rows, scale[:, None], None, fmt.bits, weight=True)
+        return _tensors({"weight": Steps(scale), "input": solve_input(formats["input"], weight_hat)})
+
+    return solve
+
+
+def _tensors(steps: Mapping[str, Steps]) -> dict[str, Tensor]:
+    """By key of a plan, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for operand, found in steps.items():
+        tensors[f"{operand}.scale"] = found.scale.cpu()
+        if found.zero_point is not None:
+            tensors[f"{operand}.zero_point"] = found.zero_point.cpu()
+    return tensors

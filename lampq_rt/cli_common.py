@@ -1,0 +1,175 @@
+"""What the commands share: options, the two consoles, JSON beside the tables, and errors as one line.
+
+torch and timm are imported inside the commands, so that help and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from typer.core import TyperGroup
+
+from lampq_rt import files
+from lampq_rt.errors import DataError, LampqError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STDOUT = "-"
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm name, for example deit_tiny_patch16_224.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", metavar="FILE", help="Weights as safetensors; timm's pretrained ones by default."),
+]
+Images = Annotated[
+    Path, typer.Option("--images", metavar="DIR", help="JPEG, PNG or WebP files, flat or one folder per class.")
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option("--labels", metavar="CSV", help="Columns file (relative to the image folder) and label (from 0)."),
+]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the same facts as JSON; - is standard output, without tables."),
+]
+
+
+class CommandGroup(TyperGroup):
+    """Turns a user's mistake into one line on standard error and exit status 2; our own keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except (LampqError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+class Output:
+    """Where a command's findings go: tables to standard output, JSON to a file; with `--json -`, only JSON.
+
+    Args:
+        json_target: value of `--json`. A file in a folder that does not exist is refused here, before the work.
+
+    Raises:
+        DataError: the JSON could not be written there.
+    """
+
+    def __init__(self, json_target: str | None) -> None:
+        self.json_target = json_target
+        self.people = Console(stderr=json_target == STDOUT, highlight=False)
+        self.aside = Console(stderr=True, highlight=False)
+        if json_target not in (None, STDOUT):
+            check_destination(Path(json_target), "JSON")
+
+    def show(self, *parts: RenderableType) -> None:
+        """Print for people; nothing where standard output belongs to JSON."""
+        if self.json_target != STDOUT:
+            for part in parts:
+                self.people.print(part)
+
+    def note(self, text: str) -> None:
+        """A remark on standard error."""
+        self.aside.print(f"note: {text}", markup=False, soft_wrap=True)
+
+    def facts(self, facts: Any) -> None:
+        """Write the facts as JSON where they were asked for.
+
+        Raises:
+            DataError: the file could not be written.
+        """
+        if self.json_target is None:
+            return
+        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        if self.json_target == STDOUT:
+            typer.echo(text, nl=False)
+        else:
+            files.write_file(self.json_target, text.encode(), what="JSON", error=DataError)
+
+    @contextmanager
+    def working(self, text: str) -> Iterator[Any]:
+        """A spinner on standard error while something takes its time; call it to change the text."""
+        with self.aside.status(text) as status:
+            yield status.update
+
+    def track(self, batches: Iterable[Tensor], images: int, text: str) -> Iterator[Tensor]:
+        """A progress bar on standard error that counts images."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.aside, transient=True) as bar:
+            task = bar.add_task(text, total=images)
+            for batch in batches:
+                yield batch
+                bar.advance(task, len(batch))
+
+
+def check_destination(path: Path, what: str) -> None:
+    """Refuse a file that cannot be written because its folder is not there, before the work that fills it.
+
+    Raises:
+        DataError: names the folder.
+    """
+    if not path.absolute().parent.is_dir():
+        raise DataError(f"cannot write {what} {path}: there is no folder {path.parent}")
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """ "1,8,64" as positive integers.
+
+    Raises:
+        DataError: anything else.
+    """
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise DataError(f"{option} {text!r}: positive integers with commas between them are needed, like 1,8")
+    return found
+
+
+def names(text: str) -> list[str]:
+    """ "eager,bf16" as a list; empty parts are dropped."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def quiet() -> None:
+    """Silence remarks of libraries that a user can do nothing about."""
+    warnings.filterwarnings("ignore", message="Image size")  # Pillow's, where `images` refuses the file by name
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+
+
+def percent(value: float | None) -> str:
+    """ "79.40", or a dash."""
+    return "–" if value is None else f"{value:.2f}"
+
+
+def same_model(plan_model: str, model: str, what: Path) -> None:
+    """Refuse a plan or checkpoint of another architecture than the one named.
+
+    Raises:
+        DataError: names both.
+    """
+    import timm
+
+    made_for = plan_model.partition(".")[0]
+    if timm.is_model(made_for) and made_for != model.partition(".")[0]:
+        raise DataError(f"{what} was made for {plan_model}, not for {model}")
+
+
+def plural(count: int, thing: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{count} {thing}" + ("" if count == 1 else "s")

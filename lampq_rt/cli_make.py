@@ -1,0 +1,169 @@
+"""`lampq calibrate` and `lampq compile`: from a model and images to a plan, from a plan to a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lampq_rt.cli_common import (
+    Images,
+    Json,
+    Labels,
+    Model,
+    Output,
+    Weights,
+    check_destination,
+    plural,
+    same_model,
+)
+
+
+def calibrate(
+    model: Model,
+    images: Images,
+    out: Annotated[Path, typer.Option("--out", metavar="X.plan", help="Folder to write the plan to.")],
+    weights: Weights = None,
+    mean_bits: Annotated[
+        float | None, typer.Option("--mean-bits", metavar="BITS", help="Budget: mean width of the blocks' linears.")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="UNIT=LIMIT",
+            help="Another budget, also several: weight_bytes=15%, bops=20%, mean_bits=4. % is of fp32.",
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="uniform, lampq or lampq-paper.")] = "lampq",
+    labels: Labels = None,
+    calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    target: Annotated[str, typer.Option(help="Whose formats may be used: any, cpu or cuda.")] = "any",
+    device: Annotated[str, typer.Option(help="Where to measure: cpu or cuda.")] = "cpu",
+    json: Json = None,
+) -> None:
+    """Choose bits and scales for every layer from a few images; write a plan.
+
+    \b
+    Examples:
+      lampq calibrate deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
+          --images photos --mean-bits 4 --out deit_tiny.plan
+      lampq calibrate vit_base_patch16_224 --images photos \\
+          --budget weight_bytes=15% --budget bops=20% --out vit_base.plan
+    """
+    from lampq_rt import images as pictures
+    from lampq_rt.calibrate import RECIPES, Budget, make_plan
+    from lampq_rt.errors import BudgetError
+    from lampq_rt.models import check_name, classes, load_model
+
+    output = Output(json)
+    limits = ([f"mean_bits={mean_bits}"] if mean_bits is not None else []) + (budget or [])
+    if not limits:
+        raise BudgetError("no budget given: --mean-bits BITS, --budget UNIT=LIMIT, or both")
+    wanted = Budget.parse(*limits)
+    RECIPES.get(recipe)
+    check_name(model)
+    check_destination(out, "plan")
+    files = pictures.list_images(images)
+    chosen = pictures.choose(files, calib_images, seed)
+    if len(chosen) < calib_images:
+        output.note(f"{images} holds {plural(len(chosen), 'image')}, fewer than the {calib_images} asked for")
+    network = load_model(model, weights)
+    truth = None
+    if labels is not None:
+        import torch
+
+        table = pictures.read_labels(labels, images, files, classes(network))
+        truth = torch.tensor([table[path] for path in chosen])
+    tensor = pictures.load_images(chosen, pictures.preprocessing(model))
+    started = time.perf_counter()
+    plan = make_plan(
+        network,
+        tensor,
+        budget=wanted,
+        labels=truth,
+        recipe=recipe,
+        target=target,
+        seed=seed,
+        device=device,
+        model_name=model,
+        progress=True,
+    )
+    seconds = time.perf_counter() - started
+    plan.save(out)
+    _report_plan(output, plan, out, len(chosen), seconds)
+
+
+def compile(  # noqa: A001
+    model: Model,
+    plan: Annotated[Path, typer.Option("--plan", metavar="X.plan", help="Plan made for these weights.")],
+    out: Annotated[Path, typer.Option("--out", metavar="X.lampq", help="File to write the checkpoint to.")],
+    weights: Weights = None,
+    json: Json = None,
+) -> None:
+    """Turn a model and its plan into an integer checkpoint that needs neither the weights nor the network.
+
+    \b
+    Examples:
+      lampq compile deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
+          --plan deit_tiny.plan --out deit_tiny.lampq
+    """
+    import lampq_rt
+    from lampq_rt.inspect_plan import size
+    from lampq_rt.models import check_name, load_model, weight_bytes
+
+    output = Output(json)
+    check_name(model)
+    check_destination(out, "checkpoint")
+    decided = lampq_rt.Plan.load(plan)
+    same_model(decided.model, model, plan)
+    network = load_model(model, weights)
+    started = time.perf_counter()
+    with output.working("compiling"):
+        fast = lampq_rt.compile(network, decided)
+        fast.save(out)
+    facts: dict[str, Any] = {
+        "model": model,
+        "checkpoint": str(out),
+        "mean_bits": round(decided.mean_bits, 6),
+        "disk_bytes": out.stat().st_size,
+        "weight_bytes": fast.weight_bytes,
+        "fp32_bytes": weight_bytes(network),
+        "fallbacks": dict(fast.fallbacks),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    table = Table(title=f"{model}: {out}", title_justify="left")
+    for column in ("", "bytes", "of fp32"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, key in (("fp32", "fp32_bytes"), ("in memory", "weight_bytes"), ("on disk", "disk_bytes")):
+        table.add_row(label, size(facts[key]), f"{100 * facts[key] / facts['fp32_bytes']:.1f} %")
+    output.show(table)
+    for reason in sorted(set(fast.fallbacks.values())):
+        output.note(reason)
+    output.facts(facts)
+
+
+def _report_plan(output: Output, plan: Any, out: Path, images: int, seconds: float) -> None:
+    from lampq_rt.inspect_plan import bits_table, summary, weight_bytes
+
+    provenance = plan.provenance
+    output.show(summary(plan), bits_table(plan), f"\n{out} written after {seconds:.1f} s.")
+    output.facts(
+        {
+            "model": plan.model,
+            "plan": str(out),
+            "recipe": provenance["recipe"]["name"],
+            "images": images,
+            "seed": provenance["seed"],
+            "mean_bits": round(plan.mean_bits, 6),
+            "weight_bytes": weight_bytes(plan),
+            "seconds": round(seconds, 3),
+            "objective": provenance["objective"],
+            "mip_gap": provenance["mip_gap"],
+            "budget": provenance["budget"],
+        }
+    )

@@ -1,0 +1,248 @@
+"""`lampq eval` and `lampq bench`: how right, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lampq_rt.cli_common import (
+    Images,
+    Json,
+    Labels,
+    Model,
+    Output,
+    Weights,
+    names,
+    numbers,
+    percent,
+    same_model,
+)
+from lampq_rt.errors import BackendError, DataError, LampqError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BACKENDS = ("simulate", "cpu", "cuda", "reference")
+
+
+def evaluate(
+    model: Model,
+    images: Images,
+    weights: Weights = None,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="X.plan", help="Evaluate this plan.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", metavar="X.lampq", help="Evaluate this compiled model.")
+    ] = None,
+    labels: Labels = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", help="Only N images, evenly spaced over the sorted list.", min=1),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="simulate, cpu, cuda or reference; by default what compile would serve.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images at once.", min=1)] = 32,
+    json: Json = None,
+) -> None:
+    """Compare a quantised model with its original on the same images.
+
+    Reports top-1 and top-5 (with labels), agreement with the original, and KL(original || quantised) in nats.
+
+    With neither --plan nor --checkpoint: the original alone.
+
+    With --checkpoint and no --weights there is nothing to compare with: top-1 and top-5 only.
+
+    \b
+    Examples:
+      lampq eval deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
+          --plan deit_tiny.plan --images val --labels val/labels.csv
+      lampq eval deit_tiny_patch16_224 --checkpoint deit_tiny.lampq \\
+          --images val --labels val/labels.csv --json result.json
+    """
+    import torch
+
+    from lampq_rt import images as pictures
+    from lampq_rt.evaluate import evaluate as measure
+    from lampq_rt.models import check_name, classes, load_model
+
+    output = Output(json)
+    check_name(model)
+    _check_choices(plan, checkpoint, backend, weights, labels)
+    files = pictures.list_images(images)
+    preprocess = pictures.preprocessing(model)
+    original = None if checkpoint is not None and weights is None else load_model(model, weights)
+    ours = _candidate(model, original, plan, checkpoint, backend)
+    chosen = pictures.spread(files, limit)
+    truth = None
+    if labels is not None:
+        table = pictures.read_labels(labels, images, files, classes(original if original is not None else ours))
+        truth = torch.tensor([table[path] for path in chosen])
+    batches = pictures.batches(chosen, preprocess, batch)
+    found = measure(ours, original, output.track(batches, len(chosen), "evaluating"), truth)
+    facts = {"model": model, **found.to_json()}
+    output.show(_table(facts, "fp32 alone" if ours is original else str(plan or checkpoint)))
+    output.facts(facts)
+
+
+def bench(
+    model: Model,
+    weights: Weights = None,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="X.plan", help="Bench this plan.")] = None,
+    bits: Annotated[int, typer.Option(help="Without --plan: every layer at this width.")] = 8,
+    batch: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes.")] = "1,8",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    against: Annotated[
+        str, typer.Option(metavar="NAME,…", help="eager (fp32 and bf16), bf16, compile, or names of variants.")
+    ] = "eager,compile",
+    rounds: Annotated[int, typer.Option(help="How often each variant's turn comes.", min=1)] = 10,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default PyTorch's own number.", min=1)] = None,
+    json: Json = None,
+) -> None:
+    """Measure latency and memory beside floating point, all variants taking turns in one process.
+
+    Without --plan and --weights the weights are random: latency does not depend on them.
+
+    \b
+    Examples:
+      lampq bench deit_small_patch16_224 --batch 1,8
+      lampq bench vit_base_patch16_224 --weights vit_base.safetensors \\
+          --plan vit_base.plan --against eager,compile --threads 2
+    """
+    import torch
+
+    from lampq_rt import bench as benchmark
+    from lampq_rt.images import preprocessing
+    from lampq_rt.memory import keep_memory
+    from lampq_rt.models import check_name, load_model
+    from lampq_rt.plan import Plan
+    from lampq_rt.standin import stand_in_plan
+
+    output = Output(json)
+    check_name(model)
+    sizes, rivals = numbers(batch, "--batch"), names(against)
+    benchmark.variants(rivals)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    keep_memory()
+    size = tuple(preprocessing(model).config["input_size"])
+    with output.working(f"building {model}") as say:
+        network = load_model(model, weights, random=plan is None)
+        if plan is None:
+            say("ranges of one forward pass")
+            decided = stand_in_plan(network, torch.randn(2, *size), bits)
+        else:
+            decided = Plan.load(plan)
+            same_model(decided.model, model, plan)
+        result = benchmark.bench(
+            network,
+            decided,
+            batches=sizes,
+            against=rivals,
+            device=device,
+            rounds=rounds,
+            name=model,
+            input_size=size,
+            progress=say,
+        )
+    output.show(bench_table(result.rows, model), *_conclusions(result.rows))
+    for variant, reason in result.left_out.items():
+        output.note(f"{variant} left out: {reason}")
+    output.facts(result.rows)
+
+
+def bench_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """Rows of `lampq_rt.bench` as a table."""
+    from lampq_rt.inspect_plan import size
+
+    machine = f"{rows[0]['machine']}, {rows[0]['threads']} threads" if rows else ""
+    table = Table(title=f"{title} on {machine}", title_justify="left")
+    for column in (
+        "batch",
+        "variant",
+        "ms (median)",
+        "p20 – p80",
+        "images/s",
+        "× fastest rival",
+        "weights",
+        "peak memory",
+    ):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in rows:
+        latency = row["latency_ms"]
+        table.add_row(
+            str(row["batch"]),
+            row["variant"],
+            f"{latency['median']:.2f}",
+            f"{latency['p20']:.2f} – {latency['p80']:.2f}",
+            f"{row['images_per_s']:.1f}",
+            "–" if row["speedup"] is None else f"{row['speedup']:.2f}",
+            size(row["weight_bytes"]),
+            size(row["peak_memory_bytes"]),
+            style="bold" if row["variant"] == "lampq" else None,
+            end_section=row["variant"] == "lampq",
+        )
+    return table
+
+
+def _conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        f"batch {row['batch']}: lampq is {row['speedup']:.2f} times as fast as the fastest of the others."
+        for row in rows
+        if row["variant"] == "lampq" and row["speedup"] is not None
+    ]
+
+
+def _check_choices(
+    plan: Path | None, checkpoint: Path | None, backend: str | None, weights: Path | None, labels: Path | None
+) -> None:
+    """Refuse combinations that cannot be meant."""
+    if backend is not None and backend not in BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if plan is not None and checkpoint is not None:
+        raise LampqError("--plan and --checkpoint exclude each other")
+    if checkpoint is not None and backend in ("simulate", "reference"):
+        raise BackendError(f"--backend {backend} needs --plan: a checkpoint holds integer weights only")
+    if checkpoint is not None and weights is None and labels is None:
+        raise DataError("nothing to compare the checkpoint with: give --labels, or the original's --weights, or both")
+
+
+def _candidate(
+    model: str, original: nn.Module | None, plan: Path | None, checkpoint: Path | None, backend: str | None
+) -> nn.Module:
+    """The model in question, ready to run."""
+    import lampq_rt
+    from lampq_rt.simulate import simulate
+
+    device = backend if backend in ("cpu", "cuda") else None
+    if checkpoint is not None:
+        loaded = lampq_rt.load(checkpoint, device=device)
+        same_model(loaded.plan.model, model, checkpoint)
+        if original is not None:
+            loaded.plan.check_weights(original)
+        return loaded
+    assert original is not None
+    if plan is None:
+        return original
+    decided = lampq_rt.Plan.load(plan)
+    same_model(decided.model, model, plan)
+    if backend == "simulate":
+        return simulate(original, decided)
+    kernels = "reference" if backend == "reference" else "native"
+    return lampq_rt.compile(original, decided, device, backend=kernels)
+
+
+def _table(facts: dict[str, Any], what: str) -> Table:
+    table = Table(title=f"{facts['model']}: {what}, {facts['images']} images", title_justify="left")
+    for column in ("", "top-1 %", "top-5 %", "agreement %", "KL (nats)"):
+        table.add_column(column, justify="left" if not column else "right")
+    kl = "–" if facts["kl"] is None else f"{facts['kl']:.4f}"
+    if facts["agreement"] is not None:
+        table.add_row("fp32", percent(facts["fp32_top1"]), percent(facts["fp32_top5"]), "", "")
+    if what != "fp32 alone":
+        table.add_row("quantised", percent(facts["top1"]), percent(facts["top5"]), percent(facts["agreement"]), kl)
+    table.caption = f"{facts['seconds']:.1f} s"
+    return table

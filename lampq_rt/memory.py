@@ -1,0 +1,88 @@
+"""Memory of this process: how much a forward pass needs at its peak, and an allocator that treats all variants alike.
+
+Peak memory on a CPU is the growth of the resident set from before a variant was built to the peak of a forward pass
+after warm-up: weights, repacked weights and activations, not what a compiler needed for a while. On a GPU it is
+PyTorch's own count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_PROCESS = Path("/proc/self")
+
+
+def keep_memory() -> bool:
+    """Tell glibc to keep freed memory for the next forward pass. For the command line: it changes the whole process.
+
+    Each layer allocates its activations, some MB, anew. By default glibc returns such blocks to the system at once, and
+    a good part of every variant's time, most of all fp32's, goes into page faults.
+
+    Returns:
+        False where the C library is not glibc or refuses.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names and numbers from malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    settings = ((trim_threshold, 2**31 - 1), (top_pad, 64 << 20), (mmap_threshold, 32 << 20))
+    return all(mallopt(option, value) == 1 for option, value in settings)
+
+
+def forget() -> None:
+    """Drop what the last contenders held, and hand free memory back, so that the next measurement starts low."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # not glibc
+        pass
+
+
+class PeakMemory:
+    """Peak memory of one variant; made before it is built.
+
+    Attributes:
+        peak_bytes: after `peak`; None where the system does not tell.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        forget()
+        self.device = device
+        self.peak_bytes: int | None = None
+        self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+    @contextmanager
+    def peak(self) -> Iterator[None]:
+        """Around a forward pass after warm-up."""
+        forget()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            yield
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - (self.before or 0)
+            return
+        try:
+            (_PROCESS / "clear_refs").write_text("5")  # the peak starts again from here (Linux)
+        except OSError:
+            self.before = None
+        yield
+        highest = _status("VmHWM")
+        self.peak_bytes = None if self.before is None or highest is None else max(0, highest - self.before)
+
+
+def _status(key: str) -> int | None:
+    """A size from /proc/self/status in bytes; None where there is no such file."""
+    try:
+        lines = (_PROCESS / "status").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line for line in lines if line.startswith(f"{key}:")), None)
+    return int(found.split()[1]) * 1024 if found else None

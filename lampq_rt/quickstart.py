@@ -1,0 +1,192 @@
+"""The whole job in miniature, on what the package brings along: calibrate, compile, compare, measure.
+
+A small Vision Transformer reads handwritten digits. It is quantised with the same bits everywhere and with LampQ's
+choice at the same mean width, and both run as integer models on images that neither training nor calibration has seen.
+Latency is shown on a DeiT-Small with random weights, since a model as small as the first one says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import RenderableType
+from rich.table import Table
+from torch import Tensor, nn
+
+from lampq_rt.bench import Result, bench
+from lampq_rt.compiler import compile as compile_plan
+from lampq_rt.digits import load_digits, load_digits_model
+from lampq_rt.evaluate import Evaluation, evaluate
+from lampq_rt.inspect_plan import bits_table, size
+from lampq_rt.memory import keep_memory
+from lampq_rt.models import load_model, weight_bytes
+from lampq_rt.plan import Plan
+from lampq_rt.standin import stand_in_plan
+
+WIDTHS = ((8, ("uniform",)), (4, ("uniform", "lampq")), (3, ("uniform", "lampq")))
+"""Mean bits, and the recipes tried at each: at 8 bits there is nothing to choose."""
+
+CALIBRATION_IMAGES = 100
+LATENCY_MODEL = "deit_small_patch16_224"
+LATENCY_BATCHES = (1, 8)
+LATENCY_ROUNDS = 5
+
+NEXT_STEPS = """
+[bold]For your own model[/bold] (any timm Vision Transformer; weights as safetensors, a folder of images):
+
+  lampq calibrate MODEL --weights FILE --images DIR --mean-bits 4 --out X.plan
+  lampq inspect   X.plan --plot bits.png
+  lampq eval      MODEL --weights FILE --plan X.plan --images DIR [--labels CSV]
+  lampq compile   MODEL --weights FILE --plan X.plan --out X.lampq
+  lampq bench     MODEL --weights FILE --plan X.plan --batch 1,8
+
+MODEL is a name like deit_tiny_patch16_224; without --weights, timm's pretrained weights are fetched.
+"""
+
+Say = Callable[[str], None]
+
+
+class Planner(Protocol):
+    """A calibration that plans can be asked of (`lampq_rt.calibrate.Calibration`)."""
+
+    def plan(self, budget: Any, recipe: str = ...) -> Plan:
+        """The plan of that recipe under that budget."""
+        ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of quantising the digits model.
+
+    Attributes:
+        recipe: what chose the bits.
+        bits: mean width asked for.
+        plan: the choice.
+        found: accuracy on the test images, on the integer runtime.
+        memory_bytes: of the compiled model's tensors.
+        disk_bytes: of its checkpoint.
+    """
+
+    recipe: str
+    bits: int
+    plan: Plan
+    found: Evaluation
+    memory_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; `seconds` for calibration alone."""
+
+    rows: tuple[Row, ...]
+    fp32: Evaluation
+    fp32_bytes: int
+    seconds: float
+
+
+def compare(calibrate: Callable[..., Planner], budget: Callable[[int], Any], say: Say) -> Comparison:
+    """Quantise the digits model in every way of `WIDTHS` and evaluate each on the test images.
+
+    Args:
+        calibrate: `lampq_rt.calibrate.calibrate`; handed in, since only commands may import the calibrator.
+        budget: mean bits to a budget.
+        say: told what happens now.
+    """
+    model = load_digits_model()
+    images, labels = load_digits("calibration")
+    say("calibrating the digits model")
+    started = time.perf_counter()
+    calibration = calibrate(model, images[:CALIBRATION_IMAGES], labels=labels[:CALIBRATION_IMAGES], model_name="digits")
+    plans = [(bits, r, calibration.plan(budget(bits), r)) for bits, recipes in WIDTHS for r in recipes]
+    seconds = time.perf_counter() - started
+    test_images, test_labels = load_digits("test")
+    rows = []
+    for bits, recipe, plan in plans:
+        say(f"evaluating {recipe} at {bits} bits")
+        rows.append(_row(model, recipe, bits, plan, test_images, test_labels))
+    fp32 = evaluate(model, model, test_images.split(128), test_labels)
+    return Comparison(tuple(rows), fp32, weight_bytes(model), seconds)
+
+
+def latency(say: Say) -> Result:
+    """Integer against floating point on a DeiT-Small with random weights."""
+    keep_memory()
+    model = load_model(LATENCY_MODEL, random=True)
+    plan = stand_in_plan(model, torch.randn(1, 3, 224, 224), 8)
+    return bench(
+        model,
+        plan,
+        batches=LATENCY_BATCHES,
+        against=("eager", "compile"),
+        rounds=LATENCY_ROUNDS,
+        name=LATENCY_MODEL,
+        progress=say,
+    )
+
+
+def comparison_tables(comparison: Comparison) -> Sequence[RenderableType]:
+    """Accuracy and bytes of every way, and the bits that LampQ chose at the narrowest width."""
+    images = comparison.fp32.images
+    table = Table(title=f"Handwritten digits, {images} unseen images, on the integer runtime", title_justify="left")
+    for column in ("mean bits", "bits chosen by", "top-1 %", "agreement %", "KL (nats)", "on disk", "in memory"):
+        table.add_column(column, justify="left" if column == "bits chosen by" else "right")
+    full = size(comparison.fp32_bytes)
+    table.add_row("32", "(fp32)", f"{comparison.fp32.top1:.2f}", "", "", full, full, end_section=True)
+    for index, row in enumerate(comparison.rows):
+        last = index + 1 == len(comparison.rows) or comparison.rows[index + 1].bits != row.bits
+        table.add_row(
+            f"{row.plan.mean_bits:.2f}",
+            row.recipe,
+            f"{row.found.top1:.2f}",
+            f"{row.found.agreement:.2f}",
+            f"{row.found.kl:.4f}",
+            size(row.disk_bytes),
+            size(row.memory_bytes),
+            style="bold" if row.recipe == "lampq" else None,
+            end_section=last,
+        )
+    table.caption = f"{len(comparison.rows)} plans from {CALIBRATION_IMAGES} images in {comparison.seconds:.1f} s"
+    narrow = comparison.rows[-1]
+    bits = bits_table(narrow.plan)
+    bits.title = f"LampQ's bits per layer at mean {narrow.plan.mean_bits:.2f}"
+    return table, bits
+
+
+def comparison_facts(comparison: Comparison) -> dict[str, Any]:
+    """The same as JSON."""
+    return {
+        "model": "digits",
+        "images": comparison.fp32.images,
+        "fp32_top1": comparison.fp32.top1,
+        "fp32_bytes": comparison.fp32_bytes,
+        "calibration_seconds": round(comparison.seconds, 3),
+        "plans": [
+            {
+                "recipe": row.recipe,
+                "mean_bits": round(row.plan.mean_bits, 6),
+                "top1": row.found.top1,
+                "agreement": row.found.agreement,
+                "kl": row.found.kl,
+                "disk_bytes": row.disk_bytes,
+                "weight_bytes": row.memory_bytes,
+                "bits": {name: params.bits for name, params in row.plan.sites.items()},
+            }
+            for row in comparison.rows
+        ],
+    }
+
+
+def _row(model: nn.Module, recipe: str, bits: int, plan: Plan, images: Tensor, labels: Tensor) -> Row:
+    fast = compile_plan(model, plan)
+    found = evaluate(fast, model, images.split(128), labels)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "digits.lampq"
+        fast.save(path)
+        return Row(recipe, bits, plan, found, fast.weight_bytes, path.stat().st_size)

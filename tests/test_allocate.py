@@ -1,0 +1,115 @@
+"""Allocators against exhaustive search, at their limits, and beyond them."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from lampq_rt.calibrate.allocate import ALLOCATORS, Problem
+from lampq_rt.errors import BudgetError
+
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def problem(
+    sites: int, seed: int = 0, limits: dict[str, float] | None = None, widths: tuple[int, ...] = WIDTHS
+) -> Problem:
+    """Sites of ViT-like sizes, penalties that fall about fourfold a bit, three costs."""
+    rng = np.random.default_rng(seed)
+    names = [f"site{i}" for i in range(sites)]
+    size = {n: (3, 1, 4, 4)[i % 4] for i, n in enumerate(names)}
+    all_ = sum(size.values())
+    omega = {n: float(10 ** rng.uniform(-3, 2)) for n in names}
+    noise = {n: rng.uniform(0.7, 1.4, len(widths)) for n in names}
+    penalties = {n: {b: float(omega[n] * 4.0**-b * noise[n][i]) for i, b in enumerate(widths)} for n in names}
+    costs = {
+        "mean_bits": {n: {b: size[n] * b / all_ for b in widths} for n in names},
+        "weight_bytes": {n: {b: size[n] * (32 if b <= 4 else 64) for b in widths} for n in names},
+        "bops": {n: {b: float(size[n] * b * b) for b in widths} for n in names},
+    }
+    limits = limits or {"mean_bits": 4.0}
+    return Problem(penalties, {u: costs[u] for u in limits}, limits, {"weight_bytes": 100.0})
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "limits",
+    [{"mean_bits": 4.0}, {"mean_bits": 3.3, "bops": 190.0}, {"weight_bytes": 800.0, "bops": 300.0, "mean_bits": 4.5}],
+)
+def test_milp_finds_the_best_of_all_assignments(limits: dict[str, float], seed: int) -> None:
+    given = problem(5, seed, limits, widths=(2, 3, 4, 6, 8))
+    names = list(given.penalties)
+    plans = (dict(zip(names, bits, strict=True)) for bits in itertools.product((2, 3, 4, 6, 8), repeat=5))
+    best = min(given.penalty(bits) for bits in plans if given.fits(bits))
+    found = ALLOCATORS.get("milp")(given)
+    assert given.fits(found.bits)
+    assert found.objective == pytest.approx(best, rel=1e-6)
+    assert found.gap == pytest.approx(0.0, abs=1e-4)
+
+
+def test_milp_solves_24_blocks_with_three_budgets_in_a_second() -> None:
+    limits = {"mean_bits": 4.25, "weight_bytes": 15000.0, "bops": 5600.0}
+    given = problem(96, limits=limits)
+    start = time.perf_counter()
+    found = ALLOCATORS.get("milp")(given)
+    seconds = time.perf_counter() - start
+    assert given.fits(found.bits) and found.gap is not None and found.gap < 1e-3
+    assert any(given.cost(u, found.bits) > 0.97 * limit for u, limit in limits.items())
+    assert seconds < 5.0  # 0.1 s on an idle core
+
+
+@pytest.mark.parametrize("name", ["milp", "uniform"])
+def test_a_budget_that_the_widest_plan_meets_gives_the_widest_plan(name: str) -> None:
+    given = problem(8, limits={"mean_bits": 8.0})
+    assert set(ALLOCATORS.get(name)(given).bits.values()) == {8}
+
+
+@pytest.mark.parametrize(("limit", "width"), [(2.0, 2), (4.0, 4), (4.9999, 4), (5.0, 5), (31.0, 8)])
+def test_uniform_takes_the_largest_width_that_fits(limit: float, width: int) -> None:
+    found = ALLOCATORS.get("uniform")(problem(8, limits={"mean_bits": limit}))
+    assert set(found.bits.values()) == {width} and found.gap is None
+
+
+@pytest.mark.parametrize("name", ["milp", "uniform"])
+def test_an_infeasible_budget_names_the_smallest_feasible_one(name: str) -> None:
+    with pytest.raises(BudgetError, match=r"mean_bits = 0\.5 cannot be met.* 2$") as error:
+        ALLOCATORS.get(name)(problem(8, limits={"mean_bits": 0.5, "bops": 1e9}))
+    assert "bops" not in str(error.value) and "\n" not in str(error.value)
+    least = 24 * 32 + 100
+    with pytest.raises(BudgetError, match=f"weight_bytes = 500 .* {least}$"):
+        ALLOCATORS.get(name)(problem(8, limits={"mean_bits": 8, "weight_bytes": 500.0}))
+    found = ALLOCATORS.get(name)(problem(8, limits={"weight_bytes": float(least)}))
+    assert max(found.bits.values()) == 4  # 3 and 4 bits share a container with 2
+    with pytest.raises(BudgetError, match="mean_bits = 1 .*bops = 1 "):
+        ALLOCATORS.get(name)(problem(8, limits={"mean_bits": 1.0, "bops": 1.0}))
+
+
+def test_the_smallest_feasible_value_respects_the_other_budgets() -> None:
+    """Two costs that pull in opposite directions, as a latency table's may."""
+    penalties = {"a": {2: 1.0, 8: 0.1}}
+    costs = {"mean_bits": {"a": {2: 2.0, 8: 8.0}}, "latency": {"a": {2: 9.0, 8: 3.0}}}
+    with pytest.raises(BudgetError, match="mean_bits = 4 .* 8; latency = 5 .* 9"):
+        ALLOCATORS.get("milp")(Problem(penalties, costs, {"mean_bits": 4.0, "latency": 5.0}, {}))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_milp_does_not_depend_on_the_unit_of_the_penalty(scale: float) -> None:
+    given = problem(48, 3)
+    scaled = Problem(
+        {n: {b: p * scale for b, p in row.items()} for n, row in given.penalties.items()},
+        given.costs,
+        given.limits,
+        given.constants,
+    )
+    assert ALLOCATORS.get("milp")(scaled).bits == ALLOCATORS.get("milp")(given).bits
+
+
+def test_nothing_to_decide() -> None:
+    empty = Problem({}, {"mean_bits": {}}, {"mean_bits": 4.0}, {})
+    for name in ALLOCATORS:
+        assert dict(ALLOCATORS.get(name)(empty).bits) == {}
+    with pytest.raises(BudgetError):
+        ALLOCATORS.get("milp")(Problem({}, {"bops": {}}, {"bops": 4.0}, {"bops": 5.0}))
