@@ -6,23 +6,30 @@ shapes, not on the values of steps; for accuracy, calibrate.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from lampq_rt import backends
+from lampq_rt.formats import Format
 from lampq_rt.kernels.reference import code_range
 from lampq_rt.plan import Plan, SiteParams, weights_digest
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import Site
 
 
-def stand_in_plan(model: nn.Module, images: Tensor, bits: int) -> Plan:
-    """The plan of `model` with all sites at `bits`, 2..8 or 16 for floating point.
+def stand_in_plan(
+    model: nn.Module, images: Tensor, bits: int | Mapping[str, int], *, input_bits: int | None = None
+) -> Plan:
+    """The plan of `model` with every site at one width, or one width a kind.
 
     Args:
         model: in floating point; copied, never changed.
         images: [n, C, H, W] fp32; random ones will do.
-        bits: width of every site (a patch embedding's input stays at 8).
+        bits: width of every site, 2..8 or 16 for floating point; or widths by kind ("qkv", "head", …) with "default" for
+            the others. A patch embedding's input stays at 8.
+        input_bits: width of the linears' inputs where it differs from their weights'.
 
     Raises:
         ModelError: the model is of no supported family.
@@ -41,14 +48,17 @@ def stand_in_plan(model: nn.Module, images: Tensor, bits: int) -> Plan:
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
-        sites = {s.name: _params(s, bits, seen[s.name], simulation) for s in simulation.description.sites}
+        sites = {}
+        for site in simulation.description.sites:
+            width = bits if isinstance(bits, int) else bits.get(site.kind, bits.get("default", 8))
+            formats = backends.formats(site.kind, width, input_bits=input_bits)
+            sites[site.name] = _params(site, formats, seen[site.name], simulation)
     provenance = {"recipe": {"name": "stand-in", "description": "one width, steps from one forward pass"}}
     return Plan(simulation.description.architecture, weights_digest(model), sites, provenance, "float32")
 
 
-def _params(site: Site, bits: int, seen: tuple[Tensor, ...], simulation: Simulation) -> SiteParams:
-    """Formats and steps of one site; `seen` is what its module was called with."""
-    formats = backends.formats(site.kind, bits)
+def _params(site: Site, formats: dict[str, Format], seen: tuple[Tensor, ...], simulation: Simulation) -> SiteParams:
+    """Steps of one site in these formats; `seen` is what its module was called with."""
     tensors: dict[str, Tensor] = {}
     module = simulation.module(site.name)
     if all(fmt.is_float for fmt in formats.values()):

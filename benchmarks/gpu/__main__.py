@@ -1,11 +1,12 @@
-"""Runs what has been waiting for a GPU: checks every kernel, tunes, times models against `torch.compile` and other packages.
+"""Runs what has been waiting for a GPU: checks every kernel, tunes, times models against `torch.compile` and other
+packages.
 
     python -m benchmarks.gpu --minutes 9 --out DIR [--resume FILE] [--weights FILE]
 
-The most valuable comes first. Every part is a process of its own with a time limit; its result is written as soon as it is there, a
-part that fails is recorded with the end of its output, and the rest goes on. A second call with `--resume` (by default the
-results kept in benchmarks/results) goes on where the first stopped, and does again what the kernels' sources have outdated.
-DIR then holds results.json, tuning tables and a log: at most eight files.
+The most valuable comes first. Every part is a process of its own with a time limit; its result is written as soon as
+it is there, a part that fails is recorded with the end of its output, and the rest goes on. A second call with
+`--resume` (by default the results kept in benchmarks/results) goes on where the first stopped, and does again what
+the kernels' sources have outdated. DIR then holds results.json, tuning tables and a log: at most eight files.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +39,9 @@ def main(
     only: Annotated[str, typer.Option(help="Run only parts whose name starts with this.")] = "",
 ) -> None:
     """Check, tune and time the kernels on this machine's GPU."""
+    if not torch.cuda.is_available():
+        typer.echo("error: this benchmark needs a CUDA GPU, and PyTorch finds none here", err=True)
+        raise typer.Exit(2)
     deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     digest = sources_digest()

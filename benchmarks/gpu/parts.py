@@ -13,7 +13,7 @@ import triton
 import typer
 
 import lampq_rt
-from benchmarks.gpu.models import range_plan
+from benchmarks.gpu.models import timing_plan
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.gpu import impl, tables, tune
 from lampq_rt.kernels.ops import NATIVE, SCHEMAS
@@ -43,7 +43,9 @@ def correctness(_: list[str], __: Path, ___: Path | None) -> Facts:
             if got.dtype == torch.uint8:
                 got, want = reference.unpack_int4(got), reference.unpack_int4(want)
             difference = (got.double() - want.double()).abs()
-            rows.append({"case": label, "max": float(difference.max()), "rate": float((difference > 0).double().mean())})
+            rows.append(
+                {"case": label, "max": float(difference.max()), "rate": float((difference > 0).double().mean())}
+            )
     worst = max((r for r in rows if "float" not in r["case"] and "residual" not in r["case"]), key=lambda r: r["max"])
     assert {name for _, name, _ in cases()} == set(SCHEMAS)
     return {"rows": rows, "summary": f"{len(rows)} results, worst code difference {worst['max']:.0f} ({worst['case']})"}
@@ -60,7 +62,13 @@ def ceilings(_: list[str], __: Path, ___: Path | None) -> Facts:
     int8_ms = bench(lambda: torch._int_mm(q, q.t()))["median"]
     gb_s, bf16, int8 = 2 * x.numel() / copy_ms / 1e6, 2 * 8192**3 / bf16_ms / 1e9, 2 * 8192**3 / int8_ms / 1e9
     summary = f"copy {gb_s:.0f} GB/s, bf16 {bf16:.0f} TFLOP/s, int8 (cuBLASLt) {int8:.0f} TOP/s"
-    return {"copy_gb_s": gb_s, "bf16_tflops": bf16, "int8_tops": int8, "gpu": torch.cuda.get_device_name(), "summary": summary}
+    return {
+        "copy_gb_s": gb_s,
+        "bf16_tflops": bf16,
+        "int8_tops": int8,
+        "gpu": torch.cuda.get_device_name(),
+        "summary": summary,
+    }
 
 
 def gemm(_: list[str], __: Path, ___: Path | None) -> Facts:
@@ -131,7 +139,7 @@ def model_speed(args: list[str], _: Path, __: Path | None) -> Facts:
     with torch.inference_mode():
         for label, bits, input_bits in (("w8a8", 8, 8), ("w4a8", 4, 8), ("w4a4", 4, 4), ("mixed", None, None)):
             torch.cuda.reset_peak_memory_stats()
-            fast = lampq_rt.compile(model, range_plan(model, bits, input_bits), device="cuda")
+            fast = lampq_rt.compile(model, timing_plan(model, bits, input_bits), device="cuda")
             fast(images)
             row = {**bench(lambda fast=fast: fast(images)), "weight_bytes": fast.weight_bytes}
             rows[label] = {**row, "peak_bytes": torch.cuda.max_memory_allocated()}
@@ -182,7 +190,7 @@ def logits(_: list[str], __: Path, weights: Path | None) -> Facts:
     if weights:
         model.load_state_dict(load_file(weights))
     images = torch.randn(8, 3, 224, 224)
-    plan = range_plan(model, 8, 8)
+    plan = timing_plan(model, 8, 8)
     with torch.inference_mode():
         came = lampq_rt.compile(model, plan, device="cuda")(images.cuda()).cpu()
         truth, original = lampq_rt.compile(model, plan, backend="reference")(images), model(images)

@@ -1,0 +1,66 @@
+"""Inputs for every op, on shapes that are odd on purpose, in every container."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lampq_rt.kernels import reference
+
+LINEARS = ((197, 192, 576), (50, 768, 3072), (1576, 384, 384), (12, 3072, 768), (198, 128, 1000))
+
+
+def _codes(shape: tuple[int, ...], bits: int, *, weight: bool = False) -> Tensor:
+    low, high = reference.code_range(bits, weight=weight)
+    return torch.randint(low, high + 1, shape, dtype=torch.int8)
+
+
+def cases() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(label, op, arguments on the CPU)."""
+    torch.manual_seed(0)
+    for bits, dtype in ((8, torch.int8), (4, torch.int4)):
+        for width in (192, 768, 1024):
+            x = torch.randn(3, 67, width) * 3
+            yield f"layernorm {width} {bits}", "layernorm_quantize", (x, x[0, 0], x[0, 1], 1e-6, 20.0, 3, bits, dtype)
+        ties = torch.arange(-140, 140) + 0.5
+        x = torch.cat([ties, torch.randn(2048 - len(ties)) * 60]).view(8, 256)
+        yield f"quantize {bits}", "quantize", (x, 1.0, 0, bits, dtype)
+    for m, k, n in LINEARS:
+        for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
+            yield from _linear_cases(m, k, n, a_bits, w_bits)
+    for batch, tokens, heads, head_dim in ((2, 197, 3, 64), (1, 198, 2, 32), (2, 49, 2, 48), (1, 577, 2, 80)):
+        yield from _attention_cases(batch, tokens, heads, head_dim)
+
+
+def _linear_cases(m: int, k: int, n: int, a_bits: int, w_bits: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    x_q, w_q = _codes((1, m, k), a_bits), _codes((n, k), w_bits, weight=True)
+    scale = (torch.rand(n) + 0.5) * 12 / (math.sqrt(k) * 2 ** (a_bits + w_bits))
+    column, bias = reference.column_constant(w_q, -3), torch.randn(n)
+    stored = [reference.pack_int4(t) if bits <= 4 else t for t, bits in ((x_q, a_bits), (w_q, w_bits))]
+    args, label = (*stored, scale, column, bias), f"{m}x{k}x{n} a{a_bits} w{w_bits}"
+    for activation in ("none", "gelu"):
+        yield f"requant {activation} {label}", "linear_requant", (*args, activation, 30.0, -2, 8, torch.int8)
+    if n % 64 == 0:
+        yield f"requant packed {label}", "linear_requant", (*args, "gelu", 2.0, -2, 4, torch.int4)
+    yield f"float {label}", "linear_float", (*args, "none", torch.float16)
+    yield f"residual {label}", "linear_residual", (torch.randn(1, m, n).half(), *args)
+
+
+def _attention_cases(batch: int, tokens: int, heads: int, head_dim: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    width, label = heads * head_dim, f"{tokens} tokens, heads of {head_dim}"
+    w_q, x_q = _codes((3 * width, width), 8, weight=True), _codes((batch, tokens, width), 8)
+    scale = (torch.rand(3 * width) + 0.5) / (math.sqrt(width) * 5500)
+    steps = (torch.rand(3 * heads) * 20 + 20).repeat_interleave(head_dim)
+    column, bias = reference.column_constant(w_q, 9), torch.randn(3 * width)
+    yield f"qkv {label}", "linear_qkv", (x_q, w_q, scale, column, bias, heads, steps, 8, 8)
+    floats = torch.randn(batch, tokens, 3 * width)
+    yield f"heads {label}", "heads_quantize", (floats, False, None, None, None, None, 0.0, heads, steps, 8, 8)
+    q, k, v = (_codes((batch, heads, tokens, head_dim), 8) for _ in range(3))
+    scales = (torch.rand(heads) * 1e-3, torch.rand(heads) + 0.1)
+    for p_bits in (8, 4):
+        args = (q, k, reference.transpose_v(v), *scales, p_bits, 1.5, -2, 8, torch.int8)
+        yield f"attention {label} p{p_bits}", "attention", args
