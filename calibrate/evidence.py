@@ -188,7 +188,7 @@ class SearchEvidence:
 
     @cached_property
     def context(self) -> Mapping[str, Fisher]:
-        """See `Evidence.context`. Labels are drawn from the quantised model: at its own answers, Fisher's matrix is KL's."""
+        """See `Evidence.context`. Labels are drawn from the quantised model: there, Fisher's matrix is that of KL."""
         m = self.measurements
         widths = {site.name: m.nearest(site, self.nominal) for site in m.description.sites}
         params = m.params(self.search, {name: [width] for name, width in widths.items()})

@@ -27,7 +27,7 @@ from lampq_rt.sites import Kind, Site
 BATCH = 16
 """Images that run at once."""
 
-PREFIX_SHARE = 0.5
+PREFIX_SHARE = 0.25
 """Share of prefix tokens in the weight of all rows of a linear inside a block."""
 
 PREFIX_ROWS = 0.25

@@ -171,7 +171,7 @@ class Calibration:
         return self._evidence[key]
 
     def _score(self, recipe: Recipe, nominal: int) -> Score | None:
-        if recipe.penalty is None:
+        if recipe.penalty is None or not self.measurements.linears:
             return None
         key = (recipe.search, recipe.penalty, nominal)
         if key not in self._scores:
@@ -179,7 +179,7 @@ class Calibration:
         return self._scores[key]
 
     def _problem(self, limits: Mapping[str, float], nominal: int, penalties: Penalties | None) -> Problem:
-        """The choice of widths, the other sites being at the nominal width; by default, with penalties that know no data."""
+        """The choice of widths with the other sites at the nominal width; by default, penalties know no data."""
         linears, menu = self.measurements.linears, self.measurements.menu
         widths = {site.name: self.measurements.widths(site) for site in linears}
         if penalties is None:
@@ -195,7 +195,7 @@ class Calibration:
         return Problem(penalties, costs, limits, constants)
 
     def _nominal_bits(self, recipe: Recipe, limits: Mapping[str, float]) -> int:
-        """The nominal width: a budget of mean bits, rounded; else the widest that does not exceed the mean that it leaves.
+        """A budget of mean bits, rounded; without one, the widest width that does not exceed the mean that it leaves.
 
         Nothing is measured for it, so that a budget that cannot be met says so at once.
 
@@ -286,7 +286,7 @@ class Calibration:
             "costs": costs,
             "full_costs": {unit: cost.full for unit, cost in self.costs.items()},
             "nominal_bits": nominal,
-            "objective": allocation.objective,
+            "objective": None if score is None else allocation.objective,
             "mip_gap": allocation.gap,
             "metric": {} if score is None else dict(score.facts),
             "sensitivity": {} if score is None else dict(score.sensitivity),

@@ -116,6 +116,7 @@ def summary(plan: Plan) -> Table:
         "weights in memory": f"{size(memory)}{share}",
         "codes of the weights": f"{size(sum(e.memory_bytes for e in every))} in memory, "
         f"{size(sum(e.disk_bytes for e in every))} on disk",
+        "outside the blocks": "; ".join(f"{e.name}: {_formats(e)}" for e in every if e.block is None),
         "recipe": f"{recipe.get('name', '–')}: {recipe.get('description', '')}".rstrip(": "),
         "budget": ", ".join(
             f"{unit} ≤ {_number(entry.get('limit'))}" for unit, entry in facts.get("budget", {}).items()
@@ -145,10 +146,6 @@ def bits_table(plan: Plan) -> Table:
     for block in sorted({layer.block for layer in every if layer.block is not None}):
         by_kind = {layer.kind: layer for layer in every if layer.block == block}
         table.add_row(str(block), *(_cell(by_kind.get(kind)) for kind in columns))
-    outside = [layer for layer in every if layer.block is None]
-    if outside:
-        table.caption = "; ".join(f"{e.name}: {_formats(e)}" for e in outside)
-        table.caption_justify = "left"
     return table
 
 

@@ -27,8 +27,8 @@ def stand_in_plan(
     Args:
         model: in floating point; copied, never changed.
         images: [n, C, H, W] fp32; random ones will do.
-        bits: width of every site, 2..8 or 16 for floating point; or widths by kind ("qkv", "head", …) with "default" for
-            the others. A patch embedding's input stays at 8.
+        bits: width of every site, 2..8 or 16 for floating point; or widths by kind ("qkv", "head", …) with "default"
+            for the others. A patch embedding's input stays at 8.
         input_bits: width of the linears' inputs where it differs from their weights'.
 
     Raises:

@@ -27,7 +27,7 @@ from lampq_rt.simulate import quantized_weight
 
 @PENALTIES.register("fisher-output")
 def penalty(evidence: Evidence) -> Score:
-    """See `Penalty`; the sensitivity is the squared output gradient, summed over tokens, mean over channels (nats^2)."""
+    """See `Penalty`; the sensitivity is the squared output gradient, summed over tokens, mean over channels."""
     return _score(evidence, evidence.fisher)
 
 

@@ -65,10 +65,11 @@ class OutputError:
 
     def linear(self, seen: LinearObservation, weight: Tensor) -> LinearSolver:
         """See `RangeSearch.linear`."""
-        values, masses = _histogram(seen.rows, weight.square().sum(0), seen.row_weight)
+        worth = row_worth(seen, weight)
+        values, masses = _histogram(seen.rows, weight.square().sum(0), worth)
 
         def solve(fmt: Format, weight_hat: Tensor) -> Steps:
-            error = _ExactError(seen, fmt, weight_hat)
+            error = _ExactError(seen, worth, fmt, weight_hat)
             for cell in _best_cells(values, masses, error):
                 error(cell)
             for stride in (2, 1):
@@ -107,8 +108,9 @@ class OutputError:
 class _ExactError:
     """Error of the layer's output for cells of the fine grid; each is computed once, the least is remembered."""
 
-    def __init__(self, seen: LinearObservation, fmt: Format, weight_hat: Tensor) -> None:
+    def __init__(self, seen: LinearObservation, worth: Tensor, fmt: Format, weight_hat: Tensor) -> None:
         self.seen, self.fmt = seen, fmt
+        self.root_worth = worth.sqrt()[:, None]
         self.quantizer = QUANTIZERS.get(fmt.scheme)
         channels, features = weight_hat.shape
         self.gram = weight_hat.t() @ weight_hat if features < channels else None
@@ -139,11 +141,18 @@ class _ExactError:
         rows = self.seen.rows
         zero_point = None if steps.zero_point is None else steps.zero_point.to(rows.device)
         e = self.quantizer.fake_quantize(rows, steps.scale.to(rows.device), zero_point, self.fmt.bits).sub_(rows)
-        if self.seen.row_weight is not None:
-            e.mul_(self.seen.row_weight.sqrt()[:, None])
+        e.mul_(self.root_worth)
         if self.gram is None:
             return float((e @ self.weight_hat.t()).square_().sum())
         return float((e @ self.gram).mul_(e).sum())
+
+
+def row_worth(seen: LinearObservation, weight: Tensor) -> Tensor:
+    """fp32 [R]: what a row's error counts; `weight` is fp32 [N, K]."""
+    energy = (seen.rows @ weight.t()).square().sum(1)
+    middle = energy.median()
+    worth = torch.where(energy > middle, middle / energy, torch.ones_like(energy))
+    return worth if seen.row_weight is None else worth * seen.row_weight
 
 
 def _walk(error: _ExactError, stride: int) -> None:
@@ -156,21 +165,20 @@ def _walk(error: _ExactError, stride: int) -> None:
             error((here[0] + stride * down, here[1] + stride * up))
 
 
-def _histogram(rows: Tensor, worth: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _histogram(rows: Tensor, column_worth: Tensor, row_worth: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted histogram of all values, on the CPU, where sums have one order.
 
     Args:
         rows: fp32 [R, K].
-        worth: fp32 [K], weight of each column.
-        row_weight: fp32 [R], weight of each row; None for 1.
+        column_worth: fp32 [K].
+        row_worth: fp32 [R].
 
     Returns:
-        Mean value and mass of each bin that has mass, fp32 [bins] each; one bin of mass 0 where no column has worth.
+        Mean value and mass of each bin that has mass, fp32 [bins] each; one bin of mass 0 where nothing has worth.
     """
     x = rows.cpu()
     low, high = float(x.min()), float(x.max())
-    mass = worth.cpu().double().expand_as(x)
-    mass = (mass if row_weight is None else mass * row_weight.cpu()[:, None]).flatten()
+    mass = torch.outer(row_worth.cpu().double(), column_worth.cpu().double()).flatten()
     bins = ((x.double() - low) * (BINS / max(high - low, 1e-300))).flatten().long().clamp_(0, BINS - 1)
     masses = torch.bincount(bins, mass, BINS)
     sums = torch.bincount(bins, mass * x.flatten(), BINS)
