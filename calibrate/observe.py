@@ -1,14 +1,17 @@
 """What flows through the floating-point model: samples and exact ranges of every site's operands.
 
-One pass over the calibration images, in small batches, with a hook on each site of the simulation. Only samples are kept, so
-memory does not grow with the number of images: for a linear, rows of its input drawn uniformly over images and tokens; for
-QK^T, whole images, because a logit needs all keys of its image; for PV, rows of v. Ranges are exact: they cover every value.
-Which rows and images are drawn depends on the seed and on the number of images and tokens alone.
+One pass over the calibration images, in small batches, with a hook on each site of the simulation. Only samples are
+kept, so memory does not grow with the number of images: for a linear, rows of its input drawn over images and
+tokens; for QK^T, whole images, because a logit needs all keys of its image; for PV, rows of v. Ranges are exact:
+they cover every value. Which rows and images are drawn depends on the seed and on the number of images and tokens
+alone.
 
-The class token (any prefix token) is one row in two hundred, unlike all others, and the only one that the head reads. Drawn
-like any other row it is as good as absent, and a search clips its outliers away: on DeiT-Tiny's qkv at 8 bits that cost 5 % of
-the class token's output and seven times the KL divergence. So prefix tokens are drawn apart from patches, and each row carries
-a weight that gives both groups the same say.
+The class token (any prefix token) is one row in two hundred, unlike all others, and the only one that the head
+reads. Drawn like any other row it is as good as absent, and a search clips its outliers away: on DeiT-Tiny's qkv at
+8 bits that cost 5 % of the class token's output and seven times the KL divergence. So prefix tokens are drawn apart
+from patches, and each row carries a weight that gives prefix tokens a quarter of the say. With that, uniform 6-bit
+DeiT-Tiny fell from a KL divergence of 0.107 to 0.044, ViT-Tiny from 0.51 to 0.30; shares from 0.1 to 0.5 did about
+as well.
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ class LinearObservation:
     """Input of a linear site.
 
     Attributes:
-        rows: fp32 [R, K], drawn uniformly over images and tokens. K of a patch embedding runs over (channel, row, column)
-            of a patch, as its weight does when flattened.
+        rows: fp32 [R, K], drawn over images and tokens. K of a patch embedding runs over (channel, row, column) of a
+            patch, as its weight does when flattened.
         low: smallest value of all inputs.
         high: largest value of all inputs.
         row_weight: fp32 [R], mean 1, what each row counts in an error; None where all count the same.
@@ -114,7 +117,8 @@ def observe(
         DataError: no images, or a NaN or infinity; the message names the site where it first appears.
     """
     if images.ndim != 4 or not len(images):
-        raise DataError(f"calibration images have shape {tuple(images.shape)}; expected [n, channels, height, width], n >= 1")
+        shape = tuple(images.shape)
+        raise DataError(f"calibration images have shape {shape}; expected [n, channels, height, width], n >= 1")
     simulation.reset()
     device = next(simulation.parameters()).device
     watchers = {s.name: _watcher(s, simulation, len(images), rows, seed) for s in simulation.description.sites}
@@ -133,7 +137,7 @@ def observe(
 
 
 def patches(images: Tensor, conv: nn.Conv2d) -> Tensor:
-    """[B, C, H, W] as the rows [B, L, K] that a convolution of disjoint patches multiplies with its flattened weight."""
+    """[B, C, H, W] as rows [B, L, K]: what a convolution of disjoint patches multiplies with its flattened weight."""
     height, width = conv.kernel_size
     return F.unfold(images, (height, width), stride=(height, width)).transpose(1, 2)
 
@@ -141,8 +145,8 @@ def patches(images: Tensor, conv: nn.Conv2d) -> Tensor:
 class _Sampler:
     """Draws `wanted` of the rows of n images, uniformly and without replacement, whatever the size of the batches.
 
-    The draw is made when the first batch shows how many rows an image has. Where the first `prefix` rows of an image are
-    prefix tokens, they and the others are drawn apart.
+    The draw is made when the first batch shows how many rows an image has. Where the first `prefix` rows of an image
+    are prefix tokens, they and the others are drawn apart.
     """
 
     def __init__(self, site: str, images: int, wanted: int, seed: int, prefix: int = 0) -> None:

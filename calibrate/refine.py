@@ -36,6 +36,9 @@ TOKEN_STRIDE = 8
 
 Progress = Callable[[int, int], None]
 
+Curves = Mapping[str, Mapping[int, float]]
+"""An error by site and width."""
+
 
 @dataclass(frozen=True)
 class Refinement:
@@ -62,10 +65,11 @@ def refine(
     simulation: Simulation,
     table: Mapping[str, Mapping[int, SiteParams]],
     problem: Problem,
-    errors: Mapping[str, Mapping[int, float]],
+    errors: Curves,
     start: Mapping[str, int],
     judge: Judge,
     *,
+    curves: Curves | None = None,
     trials: int = TRIALS,
     progress: Progress | None = None,
 ) -> Refinement:
@@ -75,9 +79,10 @@ def refine(
         simulation: whose other sites are set as the plan will have them; the sites of `start` are set here.
         table: formats and steps of the sites of `start` by width.
         problem: widths, costs and limits.
-        errors: relative error of each site by width on inputs in floating point; only ratios count.
+        errors: relative error of each site by width on inputs in floating point.
         start: a width per site, within the budgets.
         judge: holds the calibration images.
+        curves: what gains and degradations are read from, by site and width; `errors` (the paper's choice) by default.
         trials: swaps tried at most.
         progress: called with the number of swaps tried and `trials`.
     """
@@ -88,7 +93,8 @@ def refine(
     done, improving = 0, True
     while improving and done < trials:
         improving = False
-        for swap in candidates(problem, bits, relative, errors):
+        growth = {name: found / max(errors[name][bits[name]], 1e-30) for name, found in relative.items()}
+        for swap in candidates(problem, bits, growth, errors if curves is None else curves):
             new = {**bits, **swap.changes}
             if tuple(new.values()) in tried:
                 continue
@@ -118,24 +124,24 @@ def refine(
 
 
 def candidates(
-    problem: Problem, bits: Mapping[str, int], relative: Mapping[str, float], errors: Mapping[str, Mapping[int, float]]
+    problem: Problem, bits: Mapping[str, int], growth: Mapping[str, float], curves: Curves
 ) -> Iterator[Swap]:
     """Swaps within the budgets, the raise with the largest gain per cost first.
 
     Args:
         problem: widths, costs and limits.
         bits: the widths as they are.
-        relative: measured relative error of each site at its width.
-        errors: relative errors by site and width, for their ratios.
+        growth: how many times its own curve's value each site's error now is.
+        curves: errors by site and width.
     """
     gains, losses = {}, {}
     for name, width in bits.items():
         wider, narrower = _neighbours(problem, name, width)
-        scale = relative[name] / max(errors[name][width], 1e-30)
+        curve = curves[name]
         if wider is not None:
-            gains[name] = scale * (errors[name][width] - errors[name][wider])
+            gains[name] = growth[name] * (curve[width] - curve[wider])
         if narrower is not None:
-            losses[name] = scale * (errors[name][narrower] - errors[name][width])
+            losses[name] = growth[name] * (curve[narrower] - curve[width])
     price = {
         name: max(_price(problem, name, bits[name], _neighbours(problem, name, bits[name])[0]), 1e-12) for name in gains
     }

@@ -1,7 +1,8 @@
 """From observations to the steps of every site at every width: the table that metrics and allocation choose from.
 
-Weights are quantised first (`search.weight_mse`), then the input's range is searched against the quantised weight, so that the
-table holds what will run. Sites do not see each other's quantisation: all observations are of the floating-point model.
+Weights are quantised first (`search.weight_mse`), then the input's range is searched against the quantised weight, so
+that the table holds what will run. Sites do not see each other's quantisation: all observations are of the
+floating-point model.
 """
 
 from __future__ import annotations

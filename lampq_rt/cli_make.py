@@ -113,7 +113,7 @@ def compile(  # noqa: A001
           --plan deit_tiny.plan --out deit_tiny.lampq
     """
     import lampq_rt
-    from lampq_rt.inspect_plan import size
+    from lampq_rt.inspect_plan import size, titled
     from lampq_rt.models import check_name, load_model, weight_bytes
 
     output = Output(json)
@@ -136,12 +136,12 @@ def compile(  # noqa: A001
         "fallbacks": dict(fast.fallbacks),
         "seconds": round(time.perf_counter() - started, 3),
     }
-    table = Table(title=f"{model}: {out}", title_justify="left")
+    table = Table()
     for column in ("", "bytes", "of fp32"):
         table.add_column(column, justify="left" if not column else "right")
     for label, key in (("fp32", "fp32_bytes"), ("in memory", "weight_bytes"), ("on disk", "disk_bytes")):
         table.add_row(label, size(facts[key]), f"{100 * facts[key] / facts['fp32_bytes']:.1f} %")
-    output.show(table)
+    output.show(titled(f"{model}: {out}", table))
     for reason in sorted(set(fast.fallbacks.values())):
         output.note(reason)
     output.facts(facts)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.table import Table
 
 from lampq_rt.cli_common import (
@@ -154,12 +155,12 @@ def bench(
     output.facts(result.rows)
 
 
-def bench_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+def bench_table(rows: Sequence[dict[str, Any]], title: str) -> Group:
     """Rows of `lampq_rt.bench` as a table."""
-    from lampq_rt.inspect_plan import size
+    from lampq_rt.inspect_plan import size, titled
 
     machine = f"{rows[0]['machine']}, {rows[0]['threads']} threads" if rows else ""
-    table = Table(title=f"{title} on {machine}", title_justify="left")
+    table = Table()
     for column in (
         "batch",
         "variant",
@@ -185,7 +186,7 @@ def bench_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
             style="bold" if row["variant"] == "lampq" else None,
             end_section=row["variant"] == "lampq",
         )
-    return table
+    return titled(f"{title} on {machine}", table)
 
 
 def _conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -235,8 +236,10 @@ def _candidate(
     return lampq_rt.compile(original, decided, device, backend=kernels)
 
 
-def _table(facts: dict[str, Any], what: str) -> Table:
-    table = Table(title=f"{facts['model']}: {what}, {facts['images']} images", title_justify="left")
+def _table(facts: dict[str, Any], what: str) -> Group:
+    from lampq_rt.inspect_plan import titled
+
+    table = Table()
     for column in ("", "top-1 %", "top-5 %", "agreement %", "KL (nats)"):
         table.add_column(column, justify="left" if not column else "right")
     kl = "–" if facts["kl"] is None else f"{facts['kl']:.4f}"
@@ -244,5 +247,4 @@ def _table(facts: dict[str, Any], what: str) -> Table:
         table.add_row("fp32", percent(facts["fp32_top1"]), percent(facts["fp32_top5"]), "", "")
     if what != "fp32 alone":
         table.add_row("quantised", percent(facts["top1"]), percent(facts["top5"]), percent(facts["agreement"]), kl)
-    table.caption = f"{facts['seconds']:.1f} s"
-    return table
+    return titled(f"{facts['model']}: {what}, {facts['images']} images in {facts['seconds']:.1f} s", table)

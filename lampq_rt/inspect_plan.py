@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -101,9 +102,14 @@ def size(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
-def summary(plan: Plan) -> Table:
+def titled(title: str, table: Table) -> Group:
+    """The table below a line of its own: rich would wrap a title at the table's width."""
+    return Group(Text(title, style="italic"), table)
+
+
+def summary(plan: Plan) -> Group:
     """Where the plan came from and what it costs, one line each."""
-    table = Table(title=f"Plan for {plan.model}", show_header=False, title_justify="left")
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     facts, every = plan.provenance, layers(plan)
@@ -128,14 +134,14 @@ def summary(plan: Plan) -> Table:
         or "nothing but norms and sums",
     }
     for label, text in lines.items():
-        table.add_row(label, text or "–")
-    return table
+        table.add_row(label, Text(text or "–"))
+    return titled(f"Plan for {plan.model}", table)
 
 
-def bits_table(plan: Plan) -> Table:
+def bits_table(plan: Plan, title: str = "Bits per layer (weight and input share a width)") -> Group:
     """Bits by block and kind, one cell a site, with the parameter-weighted mean of each kind below."""
     every = layers(plan)
-    table = Table(title="Bits per layer (weight and input share a width)", title_justify="left", show_footer=True)
+    table = Table(show_footer=True)
     table.add_column("block", "mean", justify="right")
     columns = _columns(every)
     for kind in columns:
@@ -146,16 +152,16 @@ def bits_table(plan: Plan) -> Table:
     for block in sorted({layer.block for layer in every if layer.block is not None}):
         by_kind = {layer.kind: layer for layer in every if layer.block == block}
         table.add_row(str(block), *(_cell(by_kind.get(kind)) for kind in columns))
-    return table
+    return titled(title, table)
 
 
-def sensitivity_table(plan: Plan) -> Table | None:
+def sensitivity_table(plan: Plan) -> Group | None:
     """Each layer's share of the total sensitivity, percent, by block and kind; None where the plan records none."""
     every = [layer for layer in layers(plan) if layer.sensitivity is not None and layer.block is not None]
     total = sum(layer.sensitivity or 0.0 for layer in every)
     if not every or total <= 0:
         return None
-    table = Table(title="Sensitivity per layer (% of the whole)", title_justify="left", show_footer=True)
+    table = Table(show_footer=True)
     table.add_column("block", "sum", justify="right")
     columns = [kind for kind in _columns(every) if kind in BLOCK_LINEARS]
     share = {layer.name: 100 * (layer.sensitivity or 0.0) / total for layer in every}
@@ -164,7 +170,7 @@ def sensitivity_table(plan: Plan) -> Table | None:
     for block in sorted({layer.block for layer in every if layer.block is not None}):
         by_kind = {e.kind: f"{share[e.name]:.2f}" for e in every if e.block == block}
         table.add_row(str(block), *(by_kind.get(kind, "–") for kind in columns))
-    return table
+    return titled("Sensitivity per layer (% of the whole)", table)
 
 
 def plot(plan: Plan, path: Path) -> None:
@@ -258,6 +264,7 @@ def _figure(plan: Plan) -> Any:
             _draw_sensitivity(axes[1][column], of_kind)
         axes[-1][column].set_xlabel("block")
         axes[-1][column].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes[-1][column].set_xlim(-0.7, max(e.block or 0 for e in every) + 0.7)
     axes[0][0].set_ylabel("bits")
     if scored:
         axes[1][0].set_ylabel("sensitivity")

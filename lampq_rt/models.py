@@ -94,14 +94,15 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def classes(model: nn.Module) -> int:
-    """Number of outputs of a classifier.
+    """Number of outputs of a classifier, in floating point or compiled.
 
     Raises:
         ModelError: the model has no classifier.
     """
-    count = getattr(model, "num_classes", 0)
+    inner = getattr(model, "model", model)  # a CompiledModel holds its skeleton there
+    count = getattr(inner, "num_classes", 0)
     if not isinstance(count, int) or count < 1:
-        raise ModelError(f"{type(model).__name__} has no classifier: there is no top-1 to measure")
+        raise ModelError(f"{type(inner).__name__} has no classifier: there is no top-1 to measure")
     return count
 
 

@@ -23,7 +23,7 @@ from lampq_rt.bench import Result, bench
 from lampq_rt.compiler import compile as compile_plan
 from lampq_rt.digits import load_digits, load_digits_model
 from lampq_rt.evaluate import Evaluation, evaluate
-from lampq_rt.inspect_plan import bits_table, size
+from lampq_rt.inspect_plan import bits_table, size, titled
 from lampq_rt.memory import keep_memory
 from lampq_rt.models import load_model, weight_bytes
 from lampq_rt.plan import Plan
@@ -134,7 +134,7 @@ def latency(say: Say) -> Result:
 def comparison_tables(comparison: Comparison) -> Sequence[RenderableType]:
     """Accuracy and bytes of every way, and the bits that LampQ chose at the narrowest width."""
     images = comparison.fp32.images
-    table = Table(title=f"Handwritten digits, {images} unseen images, on the integer runtime", title_justify="left")
+    table = Table()
     for column in ("mean bits", "bits chosen by", "top-1 %", "agreement %", "KL (nats)", "on disk", "in memory"):
         table.add_column(column, justify="left" if column == "bits chosen by" else "right")
     full = size(comparison.fp32_bytes)
@@ -152,11 +152,10 @@ def comparison_tables(comparison: Comparison) -> Sequence[RenderableType]:
             style="bold" if row.recipe == "lampq" else None,
             end_section=last,
         )
-    table.caption = f"{len(comparison.rows)} plans from {CALIBRATION_IMAGES} images in {comparison.seconds:.1f} s"
-    narrow = comparison.rows[-1]
-    bits = bits_table(narrow.plan)
-    bits.title = f"LampQ's bits per layer at mean {narrow.plan.mean_bits:.2f}"
-    return table, bits
+    effort = f"{len(comparison.rows)} plans from {CALIBRATION_IMAGES} images in {comparison.seconds:.1f} s"
+    title = f"Handwritten digits, {images} unseen images, on the integer runtime ({effort})"
+    narrow = comparison.rows[-1].plan
+    return titled(title, table), bits_table(narrow, f"LampQ's bits per layer at mean {narrow.mean_bits:.2f}")
 
 
 def comparison_facts(comparison: Comparison) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a search of activation steps must be able to do, and the arithmetic that all of them share.
 
-real = (code - zero_point) * scale with signed codes of b bits. A range always contains 0 and the zero-point is one of the
-codes, so zero is exact: padding, dead channels and ReLU-like zeros cost nothing.
+real = (code - zero_point) * scale with signed codes of b bits. A range always contains 0 and the zero-point is one of
+the codes, so zero is exact: padding, dead channels and ReLU-like zeros cost nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PVSolver = Callable[[Format], Steps]
 class RangeSearch(Protocol):
     """A rule that chooses steps from observations.
 
-    Each method prepares what does not depend on the width, once a site, and returns a function that is called once a width.
+    Each method prepares what does not depend on the width, once a site, and returns a function to call once a width.
     """
 
     def linear(self, seen: LinearObservation, weight: Tensor) -> LinearSolver:

@@ -1,7 +1,7 @@
 """The best of a few percentiles by squared error of the operand itself, as RepQ-ViT (arXiv 2212.08254) calibrates.
 
-Percentile p of a range with zero-point keeps the values between the (1 - p)- and the p-quantile; of a symmetric one, those
-whose absolute value is below the p-quantile. p = 1 is the whole range.
+Percentile p of a range with zero-point keeps the values between the (1 - p)- and the p-quantile; of a symmetric one,
+those whose absolute value is below the p-quantile. p = 1 is the whole range.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def _squared_error(x: Tensor, steps: Steps, fmt: Format) -> float:
 def _head_solver(x: Tensor, max_abs: Tensor) -> PVSolver:
     """Of values [H, n] per head."""
     ordered = x.abs().sort(-1).values
-    tops = [[_quantile(head, p) for p in PERCENTILES[:-1]] for head in ordered]
-    limits = torch.cat((torch.tensor(tops, dtype=torch.float64, device=x.device), max_abs.double()[:, None]), 1)  # [H, P]
+    quantiles = [[_quantile(head, p) for p in PERCENTILES[:-1]] for head in ordered]
+    tops = torch.tensor(quantiles, dtype=torch.float64, device=x.device)
+    limits = torch.cat((tops, max_abs.double()[:, None]), 1)  # [H, percentiles]
 
     def solve(fmt: Format) -> Steps:
         quantizer = QUANTIZERS.get(fmt.scheme)

@@ -1,0 +1,169 @@
+"""Accuracy on real weights and images: every recipe against uniform bits at the same budget, paired with fp32.
+
+    python -m benchmarks.results --data DIR --out docs/results.md [--only deit] [--calib-images 32]
+
+DIR holds `weights/NAME.safetensors`, `calib1000/`, `imagenet_dev1000/` and its `labels.csv`. Calibration and
+evaluation images are disjoint. Models run on the integer runtime, as `lampq eval` runs them. Every finished row is
+kept in benchmarks/results/accuracy.jsonl and not computed again, so a run that was stopped goes on where it was; the
+tables of all rows are written between two markers of the Markdown file.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+import lampq_rt
+from lampq_rt import images, models
+from lampq_rt.bench import machine
+from lampq_rt.calibrate import Budget, calibrate
+from lampq_rt.evaluate import kl_divergence
+
+ROWS = Path(__file__).parent / "results" / "accuracy.jsonl"
+BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
+MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224")
+UNIFORM_WIDTHS = (8, 6, 5, 4, 3)
+MIXED_WIDTHS = (6, 5, 4, 3)
+BATCH = 25
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model's evaluation set, with what fp32 answers to it."""
+
+    images: Tensor
+    labels: Tensor
+    logits: Tensor
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with weights/, calib1000/ and imagenet_dev1000/.")],
+    out: Annotated[Path, typer.Option(help="Markdown file with the two markers.")] = Path("docs/results.md"),
+    only: Annotated[str, typer.Option(help="Only models whose name starts with this.")] = "",
+    calib_images: Annotated[str, typer.Option(help="Sizes of the calibration set, in this order.")] = "32,128",
+    recipes: Annotated[str, typer.Option(help="Recipes beside uniform.")] = "lampq,lampq-paper",
+    limit: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
+) -> None:
+    """Fill in the rows that are missing and write the tables."""
+    done = {_key(row): row for row in _read()}
+    for count in map(int, calib_images.split(",")):
+        for name in (n for n in MODELS if n.startswith(only)):
+            wanted = [(r, b) for r, b in _work(recipes.split(",")) if (name, r, b, count, limit) not in done]
+            if wanted:
+                for row in _rows(data, name, count, limit, wanted):
+                    done[_key(row)] = row
+                    with ROWS.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    _write(out, list(done.values()))
+
+
+def _work(recipes: list[str]) -> Iterator[tuple[str, int]]:
+    yield from (("uniform", bits) for bits in UNIFORM_WIDTHS)
+    yield from ((recipe, bits) for recipe in recipes for bits in MIXED_WIDTHS)
+
+
+def _rows(data: Path, name: str, count: int, limit: int, wanted: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """One row a recipe and budget, of one model calibrated on `count` images."""
+    model = models.load_model(name, data / "weights" / f"{name}.safetensors")
+    evaluated = _evaluated(data, name, model, limit)
+    preprocessing = images.preprocessing(name)
+    files = images.choose(images.list_images(data / "calib1000"), count, seed=0)
+    calibration = calibrate(model, images.load_images(files, preprocessing))
+    fp32_bytes = models.weight_bytes(model)
+    for recipe, bits in wanted:
+        start = time.perf_counter()
+        plan = calibration.plan(Budget(mean_bits=bits), recipe)
+        seconds = time.perf_counter() - start
+        fast = lampq_rt.compile(model, plan)
+        with tempfile.TemporaryDirectory() as folder:
+            fast.save(Path(folder) / "model.lampq")
+            disk = (Path(folder) / "model.lampq").stat().st_size
+        row = {
+            "model": name, "recipe": recipe, "bits": bits, "calib_images": count, "images": limit,
+            **_compare(fast, evaluated), "mean_bits": round(plan.mean_bits, 4), "seconds": round(seconds, 1),
+            "disk_percent": round(100 * disk / fp32_bytes, 2),
+            "memory_percent": round(100 * fast.weight_bytes / fp32_bytes, 2),
+            "version": lampq_rt.__version__, "machine": machine(torch.device("cpu")),
+        }  # fmt: skip
+        console.print(row)
+        yield row
+
+
+def _evaluated(data: Path, name: str, model: nn.Module, limit: int) -> Evaluated:
+    folder = data / "imagenet_dev1000"
+    every = images.list_images(folder)
+    files = images.spread(every, limit)
+    labels = images.read_labels(folder / "labels.csv", folder, every, 1000)
+    pixels = images.load_images(files, images.preprocessing(name))
+    return Evaluated(pixels, torch.tensor([labels[f] for f in files]), _logits(model, pixels))
+
+
+def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([model(batch) for batch in pixels.split(BATCH)])
+
+
+def _compare(fast: nn.Module, on: Evaluated) -> dict[str, float]:
+    """Percent right, percent lost to fp32, percent that agree with it, and KL in nats."""
+    found = _logits(fast, on.images)
+
+    def percent(right: Tensor) -> float:
+        return round(float(right.double().mean()) * 100, 2)
+
+    top1, fp32 = percent(found.argmax(1) == on.labels), percent(on.logits.argmax(1) == on.labels)
+    return {
+        "top1": top1,
+        "fp32_top1": fp32,
+        "lost": round(fp32 - top1, 2),
+        "agreement": percent(found.argmax(1) == on.logits.argmax(1)),
+        "kl": round(float(kl_divergence(on.logits, found).mean()), 4),
+    }
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, int, int, int]:
+    return row["model"], row["recipe"], row["bits"], row["calib_images"], row["images"]
+
+
+def _read() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the tables between the markers of `out`, or behind its end where it has none."""
+    text = out.read_text() if out.is_file() else "# Results\n"
+    if BEGIN not in text:
+        text += f"\n{BEGIN}\n{END}\n"
+    before, rest = text.split(BEGIN, 1)
+    out.write_text(before + BEGIN + "\n" + "\n".join(_tables(rows)) + "\n" + END + rest.split(END, 1)[1])
+
+
+def _tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A Markdown table a model and size of the calibration set."""
+    for name, count in sorted({(r["model"], r["calib_images"]) for r in rows}):
+        group = [r for r in rows if (r["model"], r["calib_images"]) == (name, count)]
+        yield f"\n**{name}**, {count} calibration images, {group[0]['images']} evaluation images, "
+        yield f"fp32 top-1 {group[0]['fp32_top1']} % ({group[0]['machine']})\n"
+        yield "| mean bits | recipe | top-1 % | points lost | agreement % | KL (nats) | on disk | in memory | seconds |"
+        yield "|---|---|---|---|---|---|---|---|---|"
+        for r in sorted(group, key=lambda r: (-r["bits"], r["recipe"] != "uniform", r["recipe"])):
+            label = f"W{r['bits']}A{r['bits']}" if r["recipe"] == "uniform" else f"{r['mean_bits']:.2f}"
+            yield (
+                f"| {label} | {r['recipe']} | {r['top1']} | {r['lost']} | {r['agreement']} | {r['kl']} | "
+                f"{r['disk_percent']} % | {r['memory_percent']} % | {r['seconds']} |"
+            )
+
+
+if __name__ == "__main__":
+    typer.run(main)
