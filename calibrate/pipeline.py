@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,6 +106,25 @@ def calibrate(
     )
 
 
+@dataclass
+class Proposal:
+    """An allocator's answer to one penalty.
+
+    Attributes:
+        penalty: its name, or None where the allocator looks at none.
+        score: what the penalty said.
+        problem: what was solved.
+        allocation: the answer.
+        kl: mean divergence (nats) on the calibration images, where several proposals were compared.
+    """
+
+    penalty: str | None
+    score: Score | None
+    problem: Problem
+    allocation: Allocation
+    kl: float | None = None
+
+
 class Calibration:
     """One model with its calibration images. Made by `calibrate`; `plan` measures what is missing and keeps it."""
 
@@ -149,17 +169,14 @@ class Calibration:
         chosen = RECIPES.get(recipe)
         limits = {unit: budget.resolve(unit, self.costs[unit].full) for unit in budget}
         nominal = self._nominal_bits(chosen, limits)
-        score = self._score(chosen, nominal)
-        problem = self._problem(limits, nominal, None if score is None else score.penalties)
-        allocation = ALLOCATORS.get(chosen.allocator)(problem)
-        bits, refined = dict(allocation.bits), None
         fixed = self._fixed(chosen.search, nominal)
+        proposals = [self._propose(chosen, limits, nominal, penalty) for penalty in chosen.penalties or (None,)]
+        proposal = self._best(chosen, proposals, fixed)
+        bits, refined = dict(proposal.allocation.bits), None
         if chosen.refine and bits:
-            bits, refined = self._refine(chosen, nominal, problem, bits, fixed)
-        table = self.measurements.params(chosen.search, {name: [width] for name, width in bits.items()})
-        decided = {name: table[name][width] for name, width in bits.items()}
-        sites = {site.name: {**fixed, **decided}[site.name] for site in self.description.sites}
-        provenance = self._provenance(chosen, budget, limits, nominal, allocation, score, sites, refined)
+            bits, refined = self._refine(chosen, nominal, proposal, fixed)
+        sites = self._sites(chosen.search, bits, fixed)
+        provenance = self._provenance(chosen, budget, limits, nominal, proposals, proposal, sites, refined)
         dtype = self.measurements.residual_dtype
         return Plan(self.model_name, self.weights_digest, sites, provenance, residual_dtype=dtype)
 
@@ -170,13 +187,32 @@ class Calibration:
             self._evidence[key] = SearchEvidence(self.measurements, search, nominal)
         return self._evidence[key]
 
-    def _score(self, recipe: Recipe, nominal: int) -> Score | None:
-        if recipe.penalty is None or not self.measurements.linears:
-            return None
-        key = (recipe.search, recipe.penalty, nominal)
-        if key not in self._scores:
-            self._scores[key] = PENALTIES.get(recipe.penalty)(self.evidence(recipe.search, nominal))
-        return self._scores[key]
+    def _propose(self, recipe: Recipe, limits: Mapping[str, float], nominal: int, penalty: str | None) -> Proposal:
+        """The allocator's answer with that penalty; with None, or where there is nothing to choose, without."""
+        score = None
+        if penalty is not None and self.measurements.linears:
+            key = (recipe.search, penalty, nominal)
+            if key not in self._scores:
+                self._scores[key] = PENALTIES.get(penalty)(self.evidence(recipe.search, nominal))
+            score = self._scores[key]
+        problem = self._problem(limits, nominal, None if score is None else score.penalties)
+        return Proposal(penalty, score, problem, ALLOCATORS.get(recipe.allocator)(problem))
+
+    def _best(self, recipe: Recipe, proposals: list[Proposal], fixed: Mapping[str, SiteParams]) -> Proposal:
+        """The proposal of least KL divergence on the calibration images; one alone needs no trial."""
+        if len({tuple(p.allocation.bits.values()) for p in proposals}) > 1:
+            m = self.measurements
+            for proposal in proposals:
+                m.simulation.set(self._sites(recipe.search, proposal.allocation.bits, fixed))
+                proposal.kl = m.judge(m.simulation).kl
+                m.simulation.reset()
+        return min(proposals, key=lambda p: p.kl or 0.0)
+
+    def _sites(self, search: str, bits: Mapping[str, int], fixed: Mapping[str, SiteParams]) -> dict[str, SiteParams]:
+        """Formats and steps of all sites, in order of execution."""
+        table = self.measurements.params(search, {name: [width] for name, width in bits.items()})
+        decided = {name: table[name][width] for name, width in bits.items()}
+        return {site.name: {**fixed, **decided}[site.name] for site in self.description.sites}
 
     def _problem(self, limits: Mapping[str, float], nominal: int, penalties: Penalties | None) -> Problem:
         """The choice of widths with the other sites at the nominal width; by default, penalties know no data."""
@@ -229,23 +265,19 @@ class Calibration:
         return {name: found[name][width] for name, width in widths.items()}
 
     def _refine(
-        self,
-        recipe: Recipe,
-        nominal: int,
-        problem: Problem,
-        bits: Mapping[str, int],
-        fixed: Mapping[str, SiteParams],
+        self, recipe: Recipe, nominal: int, proposal: Proposal, fixed: Mapping[str, SiteParams]
     ) -> tuple[dict[str, int], Mapping[str, Any]]:
         m, evidence = self.measurements, self.evidence(recipe.search, nominal)
+        table, errors = evidence.table, evidence.errors  # measured before the simulation is set
         m.simulation.reset()
         m.simulation.set(fixed)
         try:
             result = refine(
                 m.simulation,
-                evidence.table,
-                problem,
-                evidence.errors,
-                bits,
+                table,
+                proposal.problem,
+                errors,
+                proposal.allocation.bits,
                 m.judge,
                 progress=lambda done, total: m.report("iterative update", done, total),
             )
@@ -259,8 +291,8 @@ class Calibration:
         budget: Budget,
         limits: Mapping[str, float],
         nominal: int,
-        allocation: Allocation,
-        score: Score | None,
+        proposals: list[Proposal],
+        proposal: Proposal,
         sites: Mapping[str, SiteParams],
         refined: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
@@ -269,6 +301,7 @@ class Calibration:
             unit: cost.constant + sum(cost.of(site, sites[site.name].formats) for site in self.description.sites)
             for unit, cost in self.costs.items()
         }
+        score, allocation = proposal.score, proposal.allocation
         return {
             "version": __version__,
             "torch": str(torch.__version__),
@@ -288,6 +321,8 @@ class Calibration:
             "nominal_bits": nominal,
             "objective": None if score is None else allocation.objective,
             "mip_gap": allocation.gap,
+            "penalty": proposal.penalty,
+            "proposals": [{"penalty": p.penalty, "objective": p.allocation.objective, "kl": p.kl} for p in proposals],
             "metric": {} if score is None else dict(score.facts),
             "sensitivity": {} if score is None else dict(score.sensitivity),
             "refine": None if refined is None else dict(refined),

@@ -100,8 +100,8 @@ def _bf16_compile(original: nn.Module, plan: Plan, device: torch.device) -> Cont
     compiled: Any
     if device.type == "cuda":
         compiled = torch.compile(model, mode="max-autotune")
-    else:  # frozen weights are repacked for oneDNN, as our own are
-        compiled = torch.compile(model, options={"freezing": True})
+    else:  # frozen: weights are constants. Threads: Inductor's cache would serve code built for another number of them
+        compiled = torch.compile(model, options={"freezing": True, "cpp.threads": torch.get_num_threads()})
 
     def run(images: Tensor) -> Tensor:
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Group
 from rich.table import Table
 
@@ -160,32 +161,25 @@ def bench_table(rows: Sequence[dict[str, Any]], title: str) -> Group:
     from lampq_rt.inspect_plan import size, titled
 
     machine = f"{rows[0]['machine']}, {rows[0]['threads']} threads" if rows else ""
-    table = Table()
-    for column in (
-        "batch",
-        "variant",
-        "ms (median)",
-        "p20 – p80",
-        "images/s",
-        "× fastest rival",
-        "weights",
-        "peak memory",
-    ):
-        table.add_column(column, justify="left" if column == "variant" else "right")
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("batch", "variant", "ms", "p20–p80", "images/s", "×", "weights", "peak"):
+        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
     for row in rows:
         latency = row["latency_ms"]
         table.add_row(
             str(row["batch"]),
             row["variant"],
-            f"{latency['median']:.2f}",
-            f"{latency['p20']:.2f} – {latency['p80']:.2f}",
-            f"{row['images_per_s']:.1f}",
+            f"{latency['median']:.4g}",
+            f"{latency['p20']:.4g}–{latency['p80']:.4g}",
+            f"{row['images_per_s']:.4g}",
             "–" if row["speedup"] is None else f"{row['speedup']:.2f}",
             size(row["weight_bytes"]),
             size(row["peak_memory_bytes"]),
             style="bold" if row["variant"] == "lampq" else None,
             end_section=row["variant"] == "lampq",
         )
+    table.caption = "ms: median; ×: times as fast as the fastest rival; peak: memory of a forward pass with its weights"
+    table.caption_justify = "left"
     return titled(f"{title} on {machine}", table)
 
 

@@ -35,17 +35,19 @@ def errors(ratio: float = 4.0) -> dict[str, dict[int, float]]:
 
 
 def test_gain_and_degradation_follow_the_measured_ratios() -> None:
-    """gain = L (1 - 1/rho), degradation = L (rho - 1): with equal sizes, the largest L is raised, the smallest pays."""
+    """gain = L (1 - 1/rho), degradation = L (rho - 1): with equal sizes and ratios, the largest L is raised, the
+    smallest pays."""
     problem = toy({"mean_bits": 4.0})
     equal = {n: {b: b / 4 for b in WIDTHS} for n in SIZES}
     problem = Problem(problem.penalties, {"mean_bits": equal}, {"mean_bits": 4.0}, {})
-    relative = {"qkv": 0.1, "proj": 0.4, "fc1": 0.2, "fc2": 0.05}
-    swaps = list(candidates(problem, dict.fromkeys(SIZES, 4), relative, errors()))
+    growth = {"qkv": 0.1, "proj": 0.4, "fc1": 0.2, "fc2": 0.05}
+    swaps = list(candidates(problem, dict.fromkeys(SIZES, 4), growth, errors()))
     assert [s.raised for s in swaps] == ["proj", "fc1", "qkv", "fc2"]
     assert [s.changes for s in swaps[:3]] == [{n: 5, "fc2": 3} for n in ("proj", "fc1", "qkv")]
     assert swaps[3].changes == {"fc2": 5, "qkv": 3}
-    steep = errors() | {"fc2": {2: 1e9, 3: 1e6, 4: 1.0, 5: 0.9}}  # a measured cliff below 4 bits, little to gain above
-    swaps = list(candidates(problem, dict.fromkeys(SIZES, 4), relative, steep))
+    cliff = {2: 1e3, 3: 1.0, 4: 4.0**-4, 5: 0.9 * 4.0**-4}  # below 4 bits; little to gain above
+    steep = errors() | {"fc2": cliff}
+    swaps = list(candidates(problem, dict.fromkeys(SIZES, 4), growth, steep))
     assert all(s.changes.get("fc2") != 3 for s in swaps) and swaps[-1].raised == "fc2"
 
 
@@ -69,11 +71,11 @@ def test_every_candidate_keeps_every_budget(limits: dict[str, float], affordable
 def test_a_raise_is_paid_for_by_as_many_lowerings_as_it_takes_and_no_more() -> None:
     """One more bit for fc1 costs 4 units: qkv and proj together, or fc2 alone, never fc2 and another."""
     problem = toy({"mean_bits": 4.0})
-    relative = {"qkv": 0.001, "proj": 0.0001, "fc1": 0.5, "fc2": 0.4}
-    swap = next(s for s in candidates(problem, dict.fromkeys(SIZES, 4), relative, errors()) if s.raised == "fc1")
+    growth = {"qkv": 0.001, "proj": 0.0001, "fc1": 0.5, "fc2": 0.4}
+    swap = next(s for s in candidates(problem, dict.fromkeys(SIZES, 4), growth, errors()) if s.raised == "fc1")
     assert swap.changes == {"fc1": 5, "qkv": 3, "proj": 3}
-    relative["fc2"] = 0.0011
-    swap = next(s for s in candidates(problem, dict.fromkeys(SIZES, 4), relative, errors()) if s.raised == "fc1")
+    growth["fc2"] = 0.0011
+    swap = next(s for s in candidates(problem, dict.fromkeys(SIZES, 4), growth, errors()) if s.raised == "fc1")
     assert swap.changes == {"fc1": 5, "fc2": 3} or swap.changes == {"fc1": 5, "qkv": 3, "proj": 3}
 
 

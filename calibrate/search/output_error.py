@@ -55,6 +55,9 @@ COARSE = 4
 FINALISTS = 4
 """Coarse candidates that get an exact error."""
 
+STRIDES = (8, 2)
+"""Lengths of the walk's steps, in cells of the fine grid."""
+
 BINS = 8192
 """Bins of the histogram; empty ones cost nothing later."""
 
@@ -80,7 +83,7 @@ class OutputError:
             error = _ExactError(seen, worth, fmt, weight_hat)
             for cell in _best_cells(values, masses, error):
                 error(cell)
-            for stride in (2, 1):
+            for stride in STRIDES:
                 _walk(error, stride)
             return error.steps(error.best)
 
