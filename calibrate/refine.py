@@ -69,7 +69,6 @@ def refine(
     start: Mapping[str, int],
     judge: Judge,
     *,
-    curves: Curves | None = None,
     trials: int = TRIALS,
     progress: Progress | None = None,
 ) -> Refinement:
@@ -82,7 +81,6 @@ def refine(
         errors: relative error of each site by width on inputs in floating point.
         start: a width per site, within the budgets.
         judge: holds the calibration images.
-        curves: what gains and degradations are read from, by site and width; `errors` (the paper's choice) by default.
         trials: swaps tried at most.
         progress: called with the number of swaps tried and `trials`.
     """
@@ -94,7 +92,7 @@ def refine(
     while improving and done < trials:
         improving = False
         growth = {name: found / max(errors[name][bits[name]], 1e-30) for name, found in relative.items()}
-        for swap in candidates(problem, bits, growth, errors if curves is None else curves):
+        for swap in candidates(problem, bits, growth, errors):
             new = {**bits, **swap.changes}
             if tuple(new.values()) in tried:
                 continue
@@ -124,20 +122,20 @@ def refine(
 
 
 def candidates(
-    problem: Problem, bits: Mapping[str, int], growth: Mapping[str, float], curves: Curves
+    problem: Problem, bits: Mapping[str, int], growth: Mapping[str, float], errors: Curves
 ) -> Iterator[Swap]:
     """Swaps within the budgets, the raise with the largest gain per cost first.
 
     Args:
         problem: widths, costs and limits.
         bits: the widths as they are.
-        growth: how many times its own curve's value each site's error now is.
-        curves: errors by site and width.
+        growth: measured error of each site at its width, over the one in `errors`.
+        errors: relative errors by site and width.
     """
     gains, losses = {}, {}
     for name, width in bits.items():
         wider, narrower = _neighbours(problem, name, width)
-        curve = curves[name]
+        curve = errors[name]
         if wider is not None:
             gains[name] = growth[name] * (curve[width] - curve[wider])
         if narrower is not None:

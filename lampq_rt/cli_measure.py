@@ -21,6 +21,7 @@ from lampq_rt.cli_common import (
     names,
     numbers,
     percent,
+    plural,
     same_model,
 )
 from lampq_rt.errors import BackendError, DataError, LampqError
@@ -160,7 +161,7 @@ def bench_table(rows: Sequence[dict[str, Any]], title: str) -> Group:
     """Rows of `lampq_rt.bench` as a table."""
     from lampq_rt.inspect_plan import size, titled
 
-    machine = f"{rows[0]['machine']}, {rows[0]['threads']} threads" if rows else ""
+    machine = f"{rows[0]['machine']}, {plural(rows[0]['threads'], 'thread')}" if rows else ""
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("batch", "variant", "ms", "p20–p80", "images/s", "×", "weights", "peak"):
         table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)

@@ -18,6 +18,11 @@ from tests.plans import tiny_vit
 SIZE = (3, 32, 32)
 
 
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch):
+    monkeypatch.setattr(benchmark, "ROUND_SECONDS", 0.01)
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_vit()

@@ -149,12 +149,13 @@ def test_inspect(bench, form):
     assert ("disk_bytes" in facts) == (form == "checkpoint")
 
 
-def test_bench(bench):
+def test_bench(bench, monkeypatch):
+    monkeypatch.setattr("lampq_rt.bench.ROUND_SECONDS", 0.01)
     result = succeed("bench", MODEL, "--batch", "1,2", "--against", "bf16", "--rounds", 1, "--json", "-")
     rows = json.loads(result.stdout)
     assert [(r["batch"], r["variant"]) for r in rows] == [(b, v) for b in (1, 2) for v in ("bf16-eager", "lampq")]
-    result = succeed("bench", MODEL, "--weights", bench.weights, "--plan", bench.plan, "--batch", 1, "--against", "bf16",
-                     "--rounds", 1)  # fmt: skip
+    own = ("--weights", bench.weights, "--plan", bench.plan)
+    result = succeed("bench", MODEL, *own, "--batch", 1, "--against", "bf16", "--rounds", 1)
     assert "bf16-eager" in result.stdout and "times as fast as" in result.stdout
 
 

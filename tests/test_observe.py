@@ -43,7 +43,7 @@ def positions(rows: Tensor, every: Tensor) -> Tensor:
     return index
 
 
-@pytest.mark.parametrize("name", ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.1.mlp.fc2", "head"])
+@pytest.mark.parametrize("name", ["patch_embed.proj", "blocks.1.attn.qkv", "blocks.1.mlp.fc2", "head"])
 def test_rows_are_inputs_of_the_site_and_ranges_are_exact(name: str) -> None:
     sim, x = simulation(), images()
     seen = observe(sim, x, seed=0, rows=48)[name]

@@ -61,6 +61,9 @@ STRIDES = (8, 2)
 BINS = 8192
 """Bins of the histogram; empty ones cost nothing later."""
 
+BLOCK = 1 << 15
+"""Elements compared at once: few enough for the cache, and for torch not to wake its other threads."""
+
 HEAD_FACTORS = 48
 """Factors tried per head of a matmul's operand."""
 
@@ -215,7 +218,8 @@ def _best_cells(values: Tensor, masses: Tensor, error: _ExactError) -> Iterable[
         zero_point = codes.float()
     bottom, top = reference.code_range(fmt.bits)
     errors = []
-    for s, z in zip(scale[:, None].split(16), zero_point[:, None].split(16), strict=True):
+    block = max(1, BLOCK // len(values))
+    for s, z in zip(scale[:, None].split(block), zero_point[:, None].split(block), strict=True):
         x_hat = reference.round_codes(values, s.reciprocal(), z, bottom, top).sub_(z).mul_(s)
         errors.append(x_hat.sub_(values).square_() @ masses)
     order = torch.cat(errors).argsort(stable=True)[:FINALISTS]

@@ -12,14 +12,14 @@ from torch import Tensor
 from lampq_rt.calibrate.search.base import symmetric_scale
 from lampq_rt.kernels import reference
 
-CLIPS = 96
+CLIPS = 80
 """Clips tried per channel."""
 
 _LOWEST_CLIP = {2: 0.04, 3: 0.1, 4: 0.2, 5: 0.3, 6: 0.4, 7: 0.5, 8: 0.6}
 """Smallest clip, as a fraction of the channel's largest absolute value, by bits."""
 
-_BLOCK = 1 << 17
-"""Elements swept at once."""
+_BLOCK = 1 << 15
+"""Elements swept at once: few enough for the cache, and for torch not to wake its other threads thousands of times."""
 
 
 def clip_factors(bits: int) -> Tensor:
