@@ -40,7 +40,7 @@ SCHEMAS = {
 
 def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A result in its container: two codes a byte for int4."""
-    if dtype == torch.int4:
+    if dtype == reference.INT4:
         return like.new_empty((*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
     return like.new_empty(shape, dtype=dtype)
 

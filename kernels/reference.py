@@ -16,6 +16,9 @@ from torch import Tensor
 OFFSET = 128
 """What the uint8 container adds to a signed code."""
 
+INT4 = torch.int4  # type: ignore[attr-defined]  # torch's stubs do not know it yet
+"""Names the container with two codes a byte."""
+
 FLOAT_BITS = 16
 """`out_bits` that asks for a floating-point result."""
 
@@ -39,7 +42,7 @@ def round_codes(x: Tensor, inv_scale: Tensor | float, zero_point: Tensor | float
 
 def store_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """Signed codes (any dtype) in the int8, uint8 or int4 container."""
-    if dtype == torch.int4:
+    if dtype == INT4:
         return pack_int4(codes.to(torch.int8))
     return (codes + OFFSET).to(torch.uint8) if dtype == torch.uint8 else codes.to(torch.int8)
 

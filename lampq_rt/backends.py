@@ -99,9 +99,9 @@ def resolve(device: str | torch.device | None) -> torch.device:
 
 def fallbacks(plan_sites: Mapping[str, object], device: torch.device) -> dict[str, str]:
     """Sites that this machine runs in floating point although their codes are integer, with the reason."""
-    from lampq_rt.kernels import cpu
+    from lampq_rt.kernels.cpu import has_vnni
 
-    if device.type != "cpu" or cpu.has_vnni():
+    if device.type != "cpu" or has_vnni():
         return {}
     reason = "this CPU has no VNNI instructions: the products of codes run in floating point"
     return dict.fromkeys(plan_sites, reason)

@@ -14,6 +14,7 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,7 +172,7 @@ def bench(
         images = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             entrants = _entrants(original, plan, chosen, target, images, result, progress)
-            times = _rounds(entrants, rounds, lambda text, b=batch: progress(f"batch {b}: {text}"))
+            times = _rounds(entrants, rounds, partial(_tell, progress, batch))
         speedups = _speedups(times)
         for variant, entrant in entrants.items():
             row = _row(name or plan.model, batch, variant, entrant, target, times[variant])
@@ -180,6 +181,10 @@ def bench(
         del entrants
         forget()
     return result
+
+
+def _tell(progress: Progress, batch: int, text: str) -> None:
+    progress(f"batch {batch}: {text}")
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Step:
         """The container of these codes on x's device (see `reference.py`)."""
         if x.device.type == "cpu" and backend != "triton":
             return torch.uint8
-        return torch.int4 if self.packs else torch.int8
+        return reference.INT4 if self.packs else torch.int8
 
 
 FLOAT_STEP = Step(1.0, 0, FLOAT_BITS)

@@ -8,9 +8,12 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+import lampq_rt
 from lampq_rt import adapters, backends
+from lampq_rt.calibrate import make_plan
 from lampq_rt.calibrate.costs import COSTS, Budget, Cost
 from lampq_rt.errors import BudgetError
+from lampq_rt.formats import INTEGER_BITS
 from lampq_rt.sites import BLOCK_LINEARS, Description
 
 DIM, TOKENS = 64, 17
@@ -47,9 +50,19 @@ def test_weight_bytes_count_containers(
     elements = sum(p.numel() for p in model.parameters())
     weights = LINEAR_PARAMS + HEAD + PATCH
     channels = sum(s.out_features for s in description.sites if s.params)
-    steps = 0 if bits == 16 else 8 * channels
+    steps = 0 if bits == 16 else 8 * channels + 2 * 4 * (3 * DIM + 2 + 2)
     assert cost.full == 4 * elements
-    assert total(cost, description, bits) == 4 * (elements - weights) + per_weight * weights + steps
+    assert total(cost, description, bits) == 4 * (elements - weights) + 32 + per_weight * weights + steps
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_weight_bytes_are_those_of_the_compiled_model(bits: int) -> None:
+    for kwargs, exact in (({"qk_norm": True}, True), ({"embed_dim": 96}, True), ({"init_values": 0.1}, False)):
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": DIM, "depth": 2, "num_heads": 2, "num_classes": 10}
+        model = VisionTransformer(**{**sizes, **kwargs}).eval()
+        plan = make_plan(model, torch.randn(2, 3, 32, 32), budget=Budget(mean_bits=bits), recipe="uniform")
+        found, counted = lampq_rt.compile(model, plan).weight_bytes, plan.provenance["costs"]["weight_bytes"]
+        assert found == counted if exact else 0.97 * counted < found < counted
 
 
 def test_odd_input_widths_are_not_packed() -> None:
@@ -72,11 +85,11 @@ def test_bops_count_every_product(model: VisionTransformer, description: Descrip
     assert total(cost, description, 8) == (linear + matmul + patch) * 64
 
 
-def test_costs_never_fall_with_wider_formats(model: VisionTransformer, description: Description) -> None:
+def test_costs_never_fall_with_wider_integers(model: VisionTransformer, description: Description) -> None:
     for unit in COSTS:
         cost = COSTS.get(unit)(model, description)
         for site in description.sites:
-            values = [cost.of(site, formats) for formats in backends.menu(site)]
+            values = [cost.of(site, backends.formats(site.kind, bits)) for bits in INTEGER_BITS]
             assert values == sorted(values), (unit, site.name)
         if unit == "mean_bits":
             assert all(cost.of(s, backends.menu(s)[0]) == 0 for s in description.sites if s.kind not in BLOCK_LINEARS)

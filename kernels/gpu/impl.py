@@ -40,7 +40,7 @@ def _of(x: Tensor) -> tuple[str, int, bool]:
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if dtype == torch.int4:
+    if dtype == reference.INT4:
         return torch.empty((*shape[:-1], shape[-1] // 2), dtype=torch.uint8, device=like.device)
     return torch.empty(shape, dtype=dtype, device=like.device)
 
@@ -57,7 +57,7 @@ def quantize(x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: tor
     low, high = reference.code_range(bits)
     block = 1024
     quantize_kernel[(triton.cdiv(x.numel(), block),)](
-        x, _bytes(out), x.numel(), inv_scale, float(zero_point), low, high, dtype == torch.int4, _of(x)[2], block
+        x, _bytes(out), x.numel(), inv_scale, float(zero_point), low, high, dtype == reference.INT4, _of(x)[2], block
     )
     return out
 
@@ -81,7 +81,7 @@ def layernorm_quantize(
     layernorm_quantize_kernel[(triton.cdiv(rows, block_m),)](
         x, weight if weight is not None else x, bias if bias is not None else x, _bytes(out),
         rows, width, eps, inv_scale, float(zero_point),
-        weight is not None, bias is not None, *reference.code_range(bits), dtype == torch.int4, _of(x)[2],
+        weight is not None, bias is not None, *reference.code_range(bits), dtype == reference.INT4, _of(x)[2],
         block_m, block_d, num_warps=4,
     )  # fmt: skip
     return out
@@ -164,7 +164,7 @@ def linear_requant(
     out = _empty(x_q, (*x_q.shape[:-1], w_q.shape[0]), dtype)
     _launch_linear(
         linear_kernels.REQUANT, x_q, w_q, scale, column, bias, out, gelu=activation == "gelu", inv_scale=out_inv_scale,
-        zero_point=out_zero_point, codes=reference.code_range(out_bits), out_packed=dtype == torch.int4,
+        zero_point=out_zero_point, codes=reference.code_range(out_bits), out_packed=dtype == reference.INT4,
     )  # fmt: skip
     return out
 
@@ -239,7 +239,7 @@ def attention(
     attention_kernel[(triton.cdiv(tokens, config.block_m), batch * heads)](
         q, k, v, logit_scale, v_scale, _bytes(out), tokens, v.shape[-1], out_inv_scale, float(out_zero_point),
         heads, head_dim, p_bits, *(FULL if floating else reference.code_range(out_bits)),
-        floating, dtype == torch.int4, _of(q)[2],
+        floating, dtype == reference.INT4, _of(q)[2],
         config.block_m, max(32, triton.next_power_of_2(head_dim)), *config.tiles, config.on_chip,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
