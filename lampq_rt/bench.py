@@ -12,6 +12,7 @@ import copy
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,6 +146,7 @@ def bench(
     against: Sequence[str] = ("eager", "compile"),
     device: str | torch.device = "cpu",
     rounds: int = ROUNDS,
+    limit_seconds: float | None = None,
     name: str | None = None,
     input_size: tuple[int, int, int] = (3, 224, 224),
     progress: Progress = lambda text: None,
@@ -158,6 +160,7 @@ def bench(
         against: names of variants, or of groups of them (`GROUPS`).
         device: where all of them run.
         rounds: how often each variant's turn comes; more are steadier.
+        limit_seconds: per batch size; once it is over, the round under way is the last (there are at least two).
         name: what the rows call the model; the plan's name of it by default.
         input_size: channels, height and width of the random images.
         progress: told what happens now.
@@ -177,7 +180,7 @@ def bench(
         for variant, entrant in entrants.items():
             row = _row(name or plan.model, batch, variant, entrant, target, times[variant])
             bits = round(plan.mean_bits, 4) if variant == OURS else None
-            result.rows.append({**row, "rounds": rounds, "speedup": speedups[variant], "mean_bits": bits})
+            result.rows.append({**row, "rounds": len(times[variant]), "speedup": speedups[variant], "mean_bits": bits})
         del entrants
         forget()
     return result
@@ -226,8 +229,11 @@ def _entrants(
     return entrants
 
 
-def _rounds(entrants: dict[str, _Entrant], rounds: int, progress: Progress) -> dict[str, list[float]]:
+def _rounds(
+    entrants: dict[str, _Entrant], rounds: int, limit_seconds: float | None, progress: Progress
+) -> dict[str, list[float]]:
     """Seconds per run, by variant and round."""
+    started = time.perf_counter()
     timers, counts = {}, {}
     for variant, entrant in entrants.items():
         names = {"run": entrant.contender.run, "images": entrant.images}
@@ -235,6 +241,8 @@ def _rounds(entrants: dict[str, _Entrant], rounds: int, progress: Progress) -> d
         counts[variant] = max(1, round(ROUND_SECONDS / timers[variant].timeit(1).mean))
     times: dict[str, list[float]] = {variant: [] for variant in entrants}
     for done in range(rounds):
+        if limit_seconds is not None and done >= 2 and time.perf_counter() - started > limit_seconds:
+            break
         progress(f"round {done + 1} of {rounds}")
         for variant, timer in timers.items():
             times[variant].append(timer.timeit(counts[variant]).mean)

@@ -58,7 +58,7 @@ def quickstart(
     facts = tour.comparison_facts(comparison)
     if latency:
         with output.working("building a DeiT-Small") as say:
-            timing = tour.latency(say, busy=comparison.seconds > tour.BUSY_SECONDS)
+            timing = tour.latency(say, busy=tour.is_busy(comparison))
         output.show(cli_measure.bench_table(timing.rows, f"Latency of {tour.LATENCY_MODEL} with random weights, W8A8"))
         for variant, reason in timing.left_out.items():
             output.note(f"{variant} left out: {reason}")

@@ -163,16 +163,16 @@ def bench_table(rows: Sequence[dict[str, Any]], title: str) -> Group:
 
     machine = f"{rows[0]['machine']}, {plural(rows[0]['threads'], 'thread')}" if rows else ""
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("batch", "variant", "ms", "p20–p80", "images/s", "×", "weights", "peak"):
+    for column in ("batch", "variant", "ms", "p20–p80", "img/s", "×", "weights", "peak"):
         table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
     for row in rows:
         latency = row["latency_ms"]
         table.add_row(
             str(row["batch"]),
             row["variant"],
-            f"{latency['median']:.4g}",
-            f"{latency['p20']:.4g}–{latency['p80']:.4g}",
-            f"{row['images_per_s']:.4g}",
+            _three(latency["median"]),
+            f"{_three(latency['p20'])}–{_three(latency['p80'])}",
+            _three(row["images_per_s"]),
             "–" if row["speedup"] is None else f"{row['speedup']:.2f}",
             size(row["weight_bytes"]),
             size(row["peak_memory_bytes"]),
@@ -182,6 +182,11 @@ def bench_table(rows: Sequence[dict[str, Any]], title: str) -> Group:
     table.caption = "ms: median; ×: times as fast as the fastest rival; peak: memory of a forward pass with its weights"
     table.caption_justify = "left"
     return titled(f"{title} on {machine}", table)
+
+
+def _three(value: float) -> str:
+    """Three significant digits, all of a larger number's integer part."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:

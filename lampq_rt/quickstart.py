@@ -7,6 +7,7 @@ Latency is shown on a DeiT-Small with random weights, since a model as small as 
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -37,8 +38,11 @@ LATENCY_MODEL = "deit_small_patch16_224"
 LATENCY_BATCHES = (1, 8)
 LATENCY_ROUNDS = 5
 
-BUSY_SECONDS = 40.0
-"""A machine that needs longer for the digits (an idle one with 2 cores: about 10) would compile for minutes."""
+LATENCY_SECONDS = 15.0
+"""Per batch size, once everything is compiled."""
+
+BUSY_SECONDS = 25.0
+"""A machine that needs longer for the digits (an idle one with 2 cores: 8 to 10) would compile for minutes."""
 
 NEXT_STEPS = """
 [bold]For your own model[/bold] (any timm Vision Transformer; weights as safetensors, a folder of images):
@@ -127,6 +131,12 @@ def _compare(calibrate: Callable[..., Planner], budget: Callable[[int], Any], sa
     return Comparison(tuple(rows), fp32, weight_bytes(model), seconds)
 
 
+def is_busy(comparison: Comparison) -> bool:
+    """True where this machine has so much else to do that two minutes would not be enough for `torch.compile` too."""
+    waiting = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return comparison.seconds > BUSY_SECONDS or waiting > 1.5 * (os.cpu_count() or 1)
+
+
 def latency(say: Say, *, busy: bool = False) -> Result:
     """Integer against floating point on a DeiT-Small with random weights; without `torch.compile` where `busy`."""
     keep_memory()
@@ -138,6 +148,7 @@ def latency(say: Say, *, busy: bool = False) -> Result:
         batches=LATENCY_BATCHES,
         against=("eager",) if busy else ("eager", "compile"),
         rounds=LATENCY_ROUNDS,
+        limit_seconds=LATENCY_SECONDS,
         name=LATENCY_MODEL,
         progress=say,
     )
