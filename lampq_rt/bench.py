@@ -175,7 +175,7 @@ def bench(
         images = torch.randn(batch, *input_size, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             entrants = _entrants(original, plan, chosen, target, images, result, progress)
-            times = _rounds(entrants, rounds, partial(_tell, progress, batch))
+            times = _rounds(entrants, rounds, limit_seconds, partial(_tell, progress, batch))
         speedups = _speedups(times)
         for variant, entrant in entrants.items():
             row = _row(name or plan.model, batch, variant, entrant, target, times[variant])
