@@ -8,6 +8,21 @@ from torch import Tensor, nn
 from lampq_rt.plan import Plan
 from lampq_rt.standin import stand_in_plan
 
+VARIANTS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "layer_scale": {"init_values": 0.5},
+    "qk_norm": {"qk_norm": True},
+    "registers": {"reg_tokens": 4, "no_embed_class": True},
+    "average_pool": {"global_pool": "avg", "class_token": False},
+    "clip": {"pre_norm": True, "act_layer": "quick_gelu"},
+    "patch_14": {"img_size": (42, 28), "patch_size": 14},
+    "no_head": {"num_classes": 0},
+    "map_pool": {"global_pool": "map", "class_token": False},
+    "dynamic": {"dynamic_img_size": True},
+    "no_bias": {"qkv_bias": False, "proj_bias": False},
+}
+"""Arguments of `tiny_vit` for every kind of timm ViT that is supported."""
+
 
 def tiny_vit(**changes: object) -> nn.Module:
     """A small random timm ViT whose activations are spread like a trained model's."""

@@ -27,22 +27,10 @@ from lampq_rt.errors import BackendError, CheckpointError
 from lampq_rt.formats import FLOAT
 from lampq_rt.modules import weight_codes
 from lampq_rt.plan import Plan
+from tests.plans import VARIANTS as COMMON
 from tests.plans import range_plan, tiny_vit
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "layer_scale": {"init_values": 0.5},
-    "qk_norm": {"qk_norm": True},
-    "registers": {"reg_tokens": 4, "no_embed_class": True},
-    "average_pool": {"global_pool": "avg", "class_token": False},
-    "clip": {"pre_norm": True, "act_layer": "quick_gelu"},
-    "patch_14": {"img_size": (42, 28), "patch_size": 14},
-    "no_head": {"num_classes": 0},
-    "map_pool": {"global_pool": "map", "class_token": False},
-    "dynamic": {"dynamic_img_size": True},
-    "no_bias": {"qkv_bias": False, "proj_bias": False},
-    "odd_width": {"embed_dim": 66, "num_heads": 3},
-}
+VARIANTS = {**COMMON, "odd_width": {"embed_dim": 66, "num_heads": 3}}
 MIXED = {"default": 8, "qkv": 2, "proj": 3, "fc1": 4, "fc2": 5, "qk": 6, "pv": 7, "head": 6}
 
 

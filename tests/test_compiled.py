@@ -18,20 +18,11 @@ from lampq_rt.errors import BackendError, FormatError, ModelError, PlanError
 from lampq_rt.formats import Format
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import simulate
+from tests.plans import VARIANTS as COMMON
 from tests.plans import range_plan, tiny_vit
 
-VARIANTS: dict[str, dict[str, object]] = {
-    "plain": {},
-    "layer_scale": {"init_values": 0.5},
-    "qk_norm": {"qk_norm": True},
-    "registers": {"reg_tokens": 4, "no_embed_class": True},
-    "average_pool": {"global_pool": "avg", "class_token": False},
-    "clip": {"pre_norm": True, "act_layer": "quick_gelu"},
-    "patch_14": {"img_size": (42, 28), "patch_size": 14},
-    "no_head": {"num_classes": 0},
-    "map_pool": {"global_pool": "map", "class_token": False},
-    "dynamic": {"dynamic_img_size": True},
-    "no_bias": {"qkv_bias": False, "proj_bias": False},
+VARIANTS = {
+    **COMMON,
     "swiglu": {"mlp_layer": SwiGLUPacked, "act_layer": get_act_layer("silu"), "mlp_ratio": 4},
 }
 
