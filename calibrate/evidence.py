@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lampq_rt import backends
+from lampq_rt.calibrate.judge import Judge, answer, views
 from lampq_rt.calibrate.metrics import alpha, fisher
-from lampq_rt.calibrate.metrics.alpha import Judge, TypeDrops
+from lampq_rt.calibrate.metrics.alpha import TypeDrops
 from lampq_rt.calibrate.metrics.base import Table
 from lampq_rt.calibrate.metrics.context import straight_through
 from lampq_rt.calibrate.metrics.fisher import Fisher
@@ -67,13 +68,22 @@ class Measurements:
         self.seed, self.report = seed, report
         self.linears = tuple(site for site in self.description.sites if site.kind in BLOCK_LINEARS)
         logits, self.residual_max = self._run()
-        self.judge = Judge(self.images, logits, check_labels(labels, len(images), logits.shape[1]))
+        self.judge = Judge(self.images, logits, check_labels(labels, len(images), logits.shape[1]), len(images))
         self._steps: dict[tuple[str, str, int], SiteParams] = {}
 
     @property
     def residual_dtype(self) -> str:
         """What the residual stream may be stored in on a GPU."""
         return "float16" if self.residual_max <= HALF_RANGE else "bfloat16"
+
+    @cached_property
+    def plan_judge(self) -> Judge:
+        """What plans are compared by: the images and shifted views of them."""
+        self.simulation.reset()
+        seen = views(self.images)
+        others = seen[len(self.images) :]
+        logits = torch.cat([self.judge.logits, answer(self.simulation, others)]) if len(others) else self.judge.logits
+        return Judge(seen, logits, self.judge.labels, len(self.images))
 
     @cached_property
     def observations(self) -> dict[str, Observation]:

@@ -115,14 +115,14 @@ class Proposal:
         score: what the penalty said.
         problem: what was solved.
         allocation: the answer.
-        kl: mean divergence (nats) on the calibration images, where several proposals were compared.
+        divergence: on the calibration images (`judge.Answers`), where several proposals were compared.
     """
 
     penalty: str | None
     score: Score | None
     problem: Problem
     allocation: Allocation
-    kl: float | None = None
+    divergence: float | None = None
 
 
 class Calibration:
@@ -170,7 +170,7 @@ class Calibration:
         limits = {unit: budget.resolve(unit, self.costs[unit].full) for unit in budget}
         nominal = self._nominal_bits(chosen, limits)
         fixed = self._fixed(chosen.search, nominal)
-        proposals = [self._propose(chosen, limits, nominal, penalty) for penalty in chosen.penalties or (None,)]
+        proposals = self._proposals(chosen, limits, nominal)
         proposal = self._best(chosen, proposals, fixed)
         bits, refined = dict(proposal.allocation.bits), None
         if chosen.refine and bits:
@@ -187,7 +187,19 @@ class Calibration:
             self._evidence[key] = SearchEvidence(self.measurements, search, nominal)
         return self._evidence[key]
 
-    def _propose(self, recipe: Recipe, limits: Mapping[str, float], nominal: int, penalty: str | None) -> Proposal:
+    def _proposals(self, recipe: Recipe, limits: Mapping[str, float], nominal: int) -> list[Proposal]:
+        """The allocator's answers to the recipe's penalties, and the same bits everywhere where it asks for that."""
+        found = [self._propose(recipe, recipe.allocator, limits, nominal, p) for p in recipe.penalties or (None,)]
+        if recipe.baseline:
+            try:
+                found.append(self._propose(recipe, "uniform", limits, nominal, None))
+            except BudgetError:  # no common width keeps what a mixture keeps
+                pass
+        return found
+
+    def _propose(
+        self, recipe: Recipe, allocator: str, limits: Mapping[str, float], nominal: int, penalty: str | None
+    ) -> Proposal:
         """The allocator's answer with that penalty; with None, or where there is nothing to choose, without."""
         score = None
         if penalty is not None and self.measurements.linears:
@@ -196,17 +208,19 @@ class Calibration:
                 self._scores[key] = PENALTIES.get(penalty)(self.evidence(recipe.search, nominal))
             score = self._scores[key]
         problem = self._problem(limits, nominal, None if score is None else score.penalties)
-        return Proposal(penalty, score, problem, ALLOCATORS.get(recipe.allocator)(problem))
+        return Proposal(penalty, score, problem, ALLOCATORS.get(allocator)(problem))
 
     def _best(self, recipe: Recipe, proposals: list[Proposal], fixed: Mapping[str, SiteParams]) -> Proposal:
-        """The proposal of least KL divergence on the calibration images; one alone needs no trial."""
+        """The proposal of least divergence on the calibration images; one alone needs no trial."""
         if len({tuple(p.allocation.bits.values()) for p in proposals}) > 1:
             m = self.measurements
-            for proposal in proposals:
+            judge = m.plan_judge
+            for done, proposal in enumerate(proposals, 1):
                 m.simulation.set(self._sites(recipe.search, proposal.allocation.bits, fixed))
-                proposal.kl = m.judge(m.simulation).kl
+                proposal.divergence = judge(m.simulation).divergence
                 m.simulation.reset()
-        return min(proposals, key=lambda p: p.kl or 0.0)
+                m.report("comparing plans", done, len(proposals))
+        return min(proposals, key=lambda p: p.divergence or 0.0)
 
     def _sites(self, search: str, bits: Mapping[str, int], fixed: Mapping[str, SiteParams]) -> dict[str, SiteParams]:
         """Formats and steps of all sites, in order of execution."""
@@ -278,7 +292,7 @@ class Calibration:
                 proposal.problem,
                 errors,
                 proposal.allocation.bits,
-                m.judge,
+                m.plan_judge,
                 progress=lambda done, total: m.report("iterative update", done, total),
             )
         finally:
@@ -322,7 +336,10 @@ class Calibration:
             "objective": None if score is None else allocation.objective,
             "mip_gap": allocation.gap,
             "penalty": proposal.penalty,
-            "proposals": [{"penalty": p.penalty, "objective": p.allocation.objective, "kl": p.kl} for p in proposals],
+            "proposals": [
+                {"penalty": p.penalty, "objective": p.allocation.objective, "divergence": p.divergence}
+                for p in proposals
+            ],
             "metric": {} if score is None else dict(score.facts),
             "sensitivity": {} if score is None else dict(score.sensitivity),
             "refine": None if refined is None else dict(refined),

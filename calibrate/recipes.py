@@ -15,9 +15,10 @@ class Recipe:
     Attributes:
         name: what people call it.
         search: name of the range search (`calibrate/search`).
-        penalties: names of penalties (`calibrate/metrics`). The allocator answers to each, and the answer of least KL
+        penalties: names of penalties (`calibrate/metrics`). The allocator answers to each, and the answer of least
             divergence on the calibration images is taken. Empty where the allocator looks at no penalty.
         allocator: name of the allocator (`calibrate/allocate`).
+        baseline: True where the same bits everywhere is one of the answers compared.
         refine: True where the iterative update follows.
         description: one line for people.
     """
@@ -26,6 +27,7 @@ class Recipe:
     search: str
     penalties: tuple[str, ...]
     allocator: str
+    baseline: bool
     refine: bool
     description: str
 
@@ -37,15 +39,24 @@ class Recipe:
 RECIPES: Registry[Recipe] = Registry("recipe")
 
 for _recipe in (
-    Recipe("uniform", "output-error", (), "uniform", False, "the same bits everywhere: the baseline"),
+    Recipe("uniform", "output-error", (), "uniform", False, False, "the same bits everywhere: the baseline"),
     Recipe(
         "lampq",
         "output-error",
-        ("fisher-context", "fisher-output"),
+        ("fisher-output", "fisher-context", "trace-dw"),
         "milp",
         True,
-        "LampQ with measured, Fisher-weighted output errors, which win on real data",
+        True,
+        "LampQ with measured errors; the penalty that wins on the calibration images",
     ),
-    Recipe("lampq-paper", "output-error", ("exponential",), "milp", True, "LampQ as printed: gamma^(-B) alpha_t tr(F)"),
+    Recipe(
+        "lampq-paper",
+        "output-error",
+        ("exponential",),
+        "milp",
+        False,
+        True,
+        "LampQ as printed: gamma^(-B) alpha_t tr(F)",
+    ),
 ):
     RECIPES.register(_recipe.name)(_recipe)

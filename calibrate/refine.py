@@ -9,8 +9,8 @@ very quantiser's errors at its widths, rho(B) = L(B-1) / L(B):
 
 (the printed text has the names of the two exchanged). The printed swap, +1 here and -1 there, keeps only the
 unweighted mean of the bits. Here a raise is paid for by as many lowerings as all budgets ask for. A swap stays if the
-calibration images' accuracy (or agreement with the floating-point model) does not fall and their KL divergence does:
-32 images resolve only 3 points.
+calibration images' accuracy (or agreement with the floating-point model) does not fall, of which 32 images resolve
+only 3 points, and the divergence of `judge` does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lampq_rt.calibrate.allocate.base import Problem
-from lampq_rt.calibrate.metrics.alpha import Answers, Judge
+from lampq_rt.calibrate.judge import Answers, Judge
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
 
@@ -46,7 +46,7 @@ class Refinement:
 
     Attributes:
         bits: the widths, within the same budgets.
-        facts: JSON-able summary: trials, accepted swaps, accuracy (percent) and KL (nats) before and after.
+        facts: JSON-able summary: trials, accepted swaps, accuracy (percent), KL and divergence (nats) before and after.
     """
 
     bits: Mapping[str, int]
@@ -86,7 +86,7 @@ def refine(
     """
     bits = dict(start)
     simulation.set({name: table[name][width] for name, width in bits.items()})
-    answers, relative = _measure(simulation, bits, judge)
+    answers, relative = _measure(simulation, bits, judge, None)
     first, accepted, tried = answers, [], {tuple(bits.values())}
     done, improving = 0, True
     while improving and done < trials:
@@ -98,13 +98,13 @@ def refine(
                 continue
             tried.add(tuple(new.values()))
             simulation.set({name: table[name][width] for name, width in swap.changes.items()})
-            found, moved = _measure(simulation, new, judge)
+            found, moved = _measure(simulation, new, judge, answers)
             done += 1
             if progress is not None:
                 progress(done, trials)
-            improving = found.kl < answers.kl and found.accuracy >= answers.accuracy
+            improving = found.beat(answers)
             if improving:
-                accepted.append({"raised": swap.raised, "bits": dict(swap.changes), "kl": found.kl})
+                accepted.append({"raised": swap.raised, "bits": dict(swap.changes), "divergence": found.divergence})
                 bits, answers, relative = new, found, moved
             else:
                 simulation.set({name: table[name][bits[name]] for name in swap.changes})
@@ -117,6 +117,7 @@ def refine(
         "accepted": accepted,
         "accuracy": [first.accuracy, answers.accuracy],
         "kl": [first.kl, answers.kl],
+        "divergence": [first.divergence, answers.divergence],
     }
     return Refinement(bits, facts)
 
@@ -190,7 +191,9 @@ def _price(problem: Problem, name: str, width: int, wider: int | None) -> float:
 
 
 @torch.no_grad()
-def _measure(simulation: Simulation, bits: Mapping[str, int], judge: Judge) -> tuple[Answers, dict[str, float]]:
+def _measure(
+    simulation: Simulation, bits: Mapping[str, int], judge: Judge, rival: Answers | None
+) -> tuple[Answers, dict[str, float]]:
     """The model's answers, and each site's relative error in the same run."""
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in bits}
 
@@ -207,7 +210,7 @@ def _measure(simulation: Simulation, bits: Mapping[str, int], judge: Judge) -> t
 
     hooks = [simulation.module(name).register_forward_hook(hook(name)) for name in bits]
     try:
-        answers = judge(simulation)
+        answers = judge(simulation, rival)
     finally:
         for handle in hooks:
             handle.remove()

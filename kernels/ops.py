@@ -31,6 +31,8 @@ SCHEMAS = {
     "linear_float": f"({_LINEAR}, str activation, ScalarType dtype) -> Tensor",
     "linear_requant": f"({_LINEAR}, str activation, {_OUT}) -> Tensor",
     "linear_residual": f"(Tensor(a!) x, {_LINEAR}) -> ()",
+    "linear_residual_layernorm": f"(Tensor(a!) x, {_LINEAR}, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "float inv_scale, int zero_point, int bits, ScalarType dtype) -> Tensor",
     "linear_qkv": f"({_LINEAR}, {_HEADS}",
     "heads_quantize": "(Tensor qkv, bool norm, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "
     f"float eps, {_HEADS}",
@@ -88,6 +90,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "linear_float": _fake_linear,
     "linear_requant": _fake_linear,
     "linear_residual": _fake_residual,
+    "linear_residual_layernorm": _fake_same,
     "linear_qkv": _fake_qkv,
     "heads_quantize": _fake_heads_quantize,
     "attention": _fake_attention,

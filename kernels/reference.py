@@ -155,6 +155,26 @@ def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: 
     x.copy_(x.float() + linear(x_q, w_q, scale, column, bias))
 
 
+def linear_residual_layernorm(
+    x: Tensor,
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    inv_scale: float,
+    zero_point: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`linear_residual`, then `layernorm_quantize` of the new x."""
+    linear_residual(x, x_q, w_q, scale, column, bias)
+    return layernorm_quantize(x, norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype)
+
+
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, N, 3*H*d] to q, k, v of shape [B, H, N, d], contiguous."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind(0)

@@ -119,6 +119,11 @@ class IntegerLinear(nn.Module):
         """x += the result, in place."""
         ops(self.backend).linear_residual(x, x_q, self.w_q, self.scale, self.column, self.bias)
 
+    def add_to_and_norm(self, x: Tensor, x_q: Tensor, norm: QuantizingNorm) -> Tensor:
+        """x += the result, in place; the codes that `norm`, a LayerNorm's, makes of the new x."""
+        args = (x, x_q, self.w_q, self.scale, self.column, self.bias)
+        return ops(self.backend).linear_residual_layernorm(*args, *norm.layernorm(), *norm.codes(x))
+
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"{self.in_features}, {self.out_features}, weight={self.w_bits} bits, input={self.input.bits} bits"
@@ -136,13 +141,26 @@ class QuantizingNorm(nn.Module):
         super().__init__()
         self.norm, self.step, self.backend = norm, step, backend
 
+    @property
+    def is_layernorm(self) -> bool:
+        """True where the kernels have the normalisation."""
+        return isinstance(self.norm, nn.LayerNorm)
+
+    def layernorm(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """Weight, bias and eps of the LayerNorm."""
+        assert isinstance(self.norm, nn.LayerNorm)
+        return self.norm.weight, self.norm.bias, self.norm.eps
+
+    def codes(self, x: Tensor) -> tuple[float, int, int, torch.dtype]:
+        """The ops' arguments for the codes that follow, on x's device."""
+        step = self.step
+        return step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend)
+
     def forward(self, x: Tensor) -> Tensor:
         """Floating point [..., D] to codes [..., D]."""
-        norm, step = self.norm, self.step
-        tail = (step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend))
-        if isinstance(norm, nn.LayerNorm):
-            return ops(self.backend).layernorm_quantize(x, norm.weight, norm.bias, norm.eps, *tail)
-        return ops(self.backend).quantize(norm(x.float()), *tail)
+        if self.is_layernorm:
+            return ops(self.backend).layernorm_quantize(x, *self.layernorm(), *self.codes(x))
+        return ops(self.backend).quantize(self.norm(x.float()), *self.codes(x))
 
 
 class IntegerAttention(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -29,6 +29,25 @@ from lampq_rt.modules import (
 )
 from lampq_rt.plan import SiteParams
 from lampq_rt.sites import Description, Kind
+
+Advanced = tuple[Tensor, Tensor | None]
+"""The new residual stream, and what the follower's norm makes of it (None without a follower)."""
+
+
+class Part(Protocol):
+    """Half a block: x += f(norm(x)). The norm is run by whoever wrote x last, so that a kernel can do both."""
+
+    norm: nn.Module
+
+    def advance(self, x: Tensor, normed: Tensor, follower: nn.Module | None) -> Advanced:
+        """Add to the residual stream and normalise it for the next part.
+
+        Args:
+            x: floating point [B, N, D]; its memory may be overwritten.
+            normed: what `norm` made of x: codes, or fp32.
+            follower: the next part's norm, or None.
+        """
+        ...
 
 
 class AttentionPart(nn.Module):
@@ -55,10 +74,10 @@ class AttentionPart(nn.Module):
         self.out_step = replace(out_step, packs=out_step.packs and self.head_dim % NIBBLE_GROUP == 0)
         self.plain = isinstance(self.qkv, IntegerLinear) and isinstance(self.q_norm, nn.Identity)
 
-    def add_to(self, x: Tensor) -> Tensor:
-        """[B, N, D]; the result may share x's memory."""
-        out = self._mixed_tokens(_normed(self.norm, x), self.out_step)
-        return _add_linear(x, self.proj, self.scale, out, out_is_float=self.matmuls is None)
+    def advance(self, x: Tensor, normed: Tensor, follower: nn.Module | None) -> Advanced:
+        """See `Part.advance`."""
+        out = self._mixed_tokens(normed, self.out_step)
+        return _add_linear(x, self.proj, self.scale, out, follower, out_is_float=self.matmuls is None)
 
     def _mixed_tokens(self, x: Tensor, out: Step) -> Tensor:
         """What enters the projection: codes in its format from integer matmuls, else floating point."""
@@ -84,14 +103,14 @@ class MlpPart(nn.Module):
         self.act = mlp.act
         self.fused = _is_gelu(mlp.act) and isinstance(self.fc1, IntegerLinear)
 
-    def add_to(self, x: Tensor) -> Tensor:
-        """[B, N, D]; the result may share x's memory."""
-        hidden = _normed(self.norm, x)
+    def advance(self, x: Tensor, normed: Tensor, follower: nn.Module | None) -> Advanced:
+        """See `Part.advance`."""
         if isinstance(self.fc1, IntegerLinear) and self.fused:
             step = self.fc2.input if isinstance(self.fc2, IntegerLinear) else FLOAT_STEP
-            return _add_linear(x, self.fc2, self.scale, self.fc1.to_codes(hidden, step, "gelu"), out_is_float=False)
-        hidden = self.fc1.to_float(hidden) if isinstance(self.fc1, IntegerLinear) else self.fc1(hidden)
-        return _add_linear(x, self.fc2, self.scale, self.act(hidden), out_is_float=True)
+            hidden = self.fc1.to_codes(normed, step, "gelu")
+            return _add_linear(x, self.fc2, self.scale, hidden, follower, out_is_float=False)
+        hidden = self.fc1.to_float(normed) if isinstance(self.fc1, IntegerLinear) else self.fc1(normed)
+        return _add_linear(x, self.fc2, self.scale, self.act(hidden), follower, out_is_float=True)
 
 
 class FloatPart(nn.Module):
@@ -101,30 +120,34 @@ class FloatPart(nn.Module):
         super().__init__()
         self.norm, self.layer, self.scale = norm, layer, scale
 
-    def add_to(self, x: Tensor) -> Tensor:
-        """[B, N, D]."""
-        return x + self.scale(self.layer(self.norm(x.float()))).to(x.dtype)
+    def advance(self, x: Tensor, normed: Tensor, follower: nn.Module | None) -> Advanced:
+        """See `Part.advance`."""
+        x = x + self.scale(self.layer(normed)).to(x.dtype)
+        return x, None if follower is None else _normed(follower, x)
 
 
 class IntegerBlock(nn.Module):
     """One pre-norm transformer block: attention, then MLP."""
 
-    attention: Any  # a part above, as mlp
+    attention: Any  # a `Part`, as mlp
     mlp: Any
 
     def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.attention, self.mlp = attention, mlp
 
-    def advance(self, x: Tensor) -> Tensor:
-        """[B, N, D]; x's memory may be overwritten."""
-        return self.mlp.add_to(self.attention.add_to(x))
+    def advance(self, x: Tensor, normed: Tensor | None, follower: nn.Module | None) -> Advanced:
+        """See `Part.advance`; without `normed`, x is normalised here."""
+        if normed is None:
+            normed = _normed(self.attention.norm, x)
+        x, normed = self.attention.advance(x, normed, self.mlp.norm)
+        return self.mlp.advance(x, normed, follower)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, N, D] to [B, N, D]; `x` is left as it is."""
         if attn_mask is not None or is_causal:
             raise ModelError("attention masks are not supported by quantised models")
-        return self.advance(x.clone())
+        return self.advance(x.clone(), None, None)[0]
 
 
 class IntegerBlocks(nn.Sequential):
@@ -142,9 +165,12 @@ class IntegerBlocks(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] to [B, N, D] of the same dtype; `x` is left as it is."""
         stream = x.to(self.residual_dtype if x.is_cuda else x.dtype, copy=True)
-        for block in self:
+        normed: Tensor | None = None
+        blocks = list(self)
+        for block, after in zip(blocks, [*blocks[1:], None], strict=True):
             if isinstance(block, IntegerBlock):
-                stream = block.advance(stream)
+                follower = after.attention.norm if isinstance(after, IntegerBlock) else None
+                stream, normed = block.advance(stream, normed, follower)
             else:
                 stream = block(stream.to(x.dtype)).to(stream.dtype)
         return stream.to(x.dtype)
@@ -215,12 +241,18 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x) if isinstance(norm, QuantizingNorm) else norm(x.float())
 
 
-def _add_linear(x: Tensor, linear: nn.Module, scale: nn.Module, hidden: Tensor, *, out_is_float: bool) -> Tensor:
-    """x + scale(linear(hidden)); in place where the linear is integer."""
-    if not isinstance(linear, IntegerLinear):
-        return x + scale(linear(hidden)).to(x.dtype)
-    linear.add_to(x, linear.quantize(hidden) if out_is_float else hidden)
-    return x
+def _add_linear(
+    x: Tensor, linear: nn.Module, scale: nn.Module, hidden: Tensor, follower: nn.Module | None, *, out_is_float: bool
+) -> Advanced:
+    """x + scale(linear(hidden)), in place where the linear is integer, and the follower's view of it."""
+    if isinstance(linear, IntegerLinear):
+        codes = linear.quantize(hidden) if out_is_float else hidden
+        if isinstance(follower, QuantizingNorm) and follower.is_layernorm:
+            return x, linear.add_to_and_norm(x, codes, follower)
+        linear.add_to(x, codes)
+    else:
+        x = x + scale(linear(hidden)).to(x.dtype)
+    return x, None if follower is None else _normed(follower, x)
 
 
 def _is_gelu(act: nn.Module) -> bool:

@@ -202,6 +202,7 @@ def test_every_op_passes_opcheck() -> None:
         "linear_float": (*linear, "gelu", torch.float32),
         "linear_requant": (*linear, "gelu", 2.0, 0, 8, torch.uint8),
         "linear_residual": (torch.randn(2, 37, 96), *linear),
+        "linear_residual_layernorm": (torch.randn(2, 37, 96), *linear, None, None, 1e-6, 2.0, 1, 8, torch.uint8),
         "linear_qkv": (*linear, 2, steps, 8, 8),
         "heads_quantize": (torch.randn(2, 37, 96), False, None, None, None, None, 0.0, 2, steps, 8, 8),
         "attention": (*attention, 8, 2.0, 0, 8, torch.uint8),

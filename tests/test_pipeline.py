@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lampq_rt import Plan
 from lampq_rt.calibrate import RECIPES, Budget, Calibration, calibrate, make_plan
+from lampq_rt.calibrate.judge import Judge
 from lampq_rt.calibrate.metrics import PENALTIES
-from lampq_rt.calibrate.metrics.alpha import FLOOR, Judge, TypeDrops, measure
+from lampq_rt.calibrate.metrics.alpha import FLOOR, TypeDrops, measure
 from lampq_rt.calibrate.metrics.context import straight_through
 from lampq_rt.compiler import check_plan
 from lampq_rt.errors import BackendError, BudgetError, DataError, ModelError, UnknownNameError
@@ -255,14 +256,14 @@ def test_alpha_falls_back_to_cross_entropy_where_accuracy_says_nothing(
 ) -> None:
     evidence = calibration.evidence("output-error", 4)
     m = calibration.measurements
-    judge = Judge(m.images, m.judge.logits, torch.zeros(IMAGES, dtype=torch.long))
+    judge = Judge(m.images, m.judge.logits, torch.zeros(IMAGES, dtype=torch.long), IMAGES)
     whole = judge.judge(judge.logits)
 
-    def answer(self: Judge, simulation: Simulation) -> object:
+    def answer(self: Judge, simulation: Simulation, rival: object = None) -> object:
         active = [s.name for s in evidence.sites if simulation.module(s.name).params is not None]
         assert len(active) == 1
         rise = -0.5 if active[0].endswith("proj") else 0.25
-        return type(whole)(whole.accuracy - drop, whole.cross_entropy + rise, 0.1)
+        return type(whole)(whole.accuracy - drop, whole.cross_entropy + rise, 0.1, 0.1, 0.1)
 
     monkeypatch.setattr(Judge, "__call__", answer)
     found = measure(m.simulation, evidence.sites, evidence.table, judge, layers=2, seed=0)

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from lampq_rt import backends
 from lampq_rt.calibrate.allocate import Problem
-from lampq_rt.calibrate.metrics.alpha import Judge
+from lampq_rt.calibrate.judge import Judge
 from lampq_rt.calibrate.observe import observe
 from lampq_rt.calibrate.refine import candidates, refine
 from lampq_rt.calibrate.steps import step_table
@@ -104,7 +104,7 @@ def test_a_whole_model_gets_no_worse_and_keeps_its_budget(labelled: bool) -> Non
     menu = {s.name: [backends.formats(s.kind, b) for b in WIDTHS] for s in linears}
     table = step_table(simulation, observe(simulation, images, seed=0, rows=128), menu, "minmax")
     with torch.no_grad():
-        judge = Judge(images, model(images), torch.arange(8) if labelled else None)
+        judge = Judge(images, model(images), torch.arange(8) if labelled else None, 8)
     total = sum(s.params for s in linears)
     costs = {"mean_bits": {s.name: {b: s.params * b / total for b in WIDTHS} for s in linears}}
     problem = Problem({n: dict.fromkeys(WIDTHS, 0.0) for n in names}, costs, {"mean_bits": 3.0}, {})
@@ -116,10 +116,11 @@ def test_a_whole_model_gets_no_worse_and_keeps_its_budget(labelled: bool) -> Non
     assert list(found.bits) == names
     facts = found.facts
     assert facts["trials"] <= 12 and max(seen.done) == 12
-    assert facts["kl"][1] <= facts["kl"][0] and facts["accuracy"][1] >= facts["accuracy"][0]
+    assert facts["divergence"][1] <= facts["divergence"][0] and facts["accuracy"][1] >= facts["accuracy"][0]
     assert (dict(found.bits) == start) == (not facts["accepted"])
-    assert [a["kl"] for a in facts["accepted"]] == sorted((a["kl"] for a in facts["accepted"]), reverse=True)
+    steps = [a["divergence"] for a in facts["accepted"]]
+    assert steps == sorted(steps, reverse=True)
     simulation.set({n: table[n][w] for n, w in found.bits.items()})
-    assert judge(simulation).kl == pytest.approx(facts["kl"][1])
+    assert judge(simulation).divergence == pytest.approx(facts["divergence"][1])
     again = refine(simulation, table, problem, flat, start, judge, trials=12)
     assert again == found

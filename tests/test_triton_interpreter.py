@@ -91,6 +91,28 @@ def test_linears(shape: tuple[int, int, int], a_bits: int, w_bits: int) -> None:
         torch.testing.assert_close(came, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(197, 192, 192), (66, 768, 192), (49, 384, 384), (70, 128, 320), (1, 64, 64)])
+@pytest.mark.parametrize("bits", [(8, 8, 8), (8, 4, 8), (4, 4, 4), (4, 8, 4)])
+def test_linear_and_layernorm_in_one_kernel(shape: tuple[int, int, int], bits: tuple[int, int, int]) -> None:
+    from lampq_rt.kernels.gpu import configs, impl
+
+    (m, _, width), (a_bits, w_bits, out_bits) = shape, bits
+    case = linear_case(shape, a_bits, w_bits)
+    container = torch.int4 if out_bits == 4 else torch.int8
+    for norm, dtype in (((torch.randn(width), torch.randn(width)), torch.float16), ((None, None), torch.float32)):
+        start = (torch.randn(1, m, width) * 3 + 1).to(dtype)
+        came, wanted = start.clone(), start.clone()
+        tail = (*norm, 1e-6, 20.0 if out_bits == 8 else 2.0, 3)
+        codes_wanted = reference.linear_residual_layernorm(wanted, *case, *tail, out_bits, container)
+        out = torch.full_like(codes_wanted, 99)
+        config = configs.ROWS_CANDIDATES[0]
+        impl.launch_rows(config, came, *case, out, *tail, reference.code_range(out_bits))
+        torch.testing.assert_close(came, wanted, rtol=1e-3, atol=1e-3)
+        assert_codes(out, codes_wanted, 2e-3 if dtype == torch.float32 else 5e-3)
+        two_kernels = TRITON.linear_residual_layernorm(start, *case, *tail, out_bits, container)
+        assert_codes(two_kernels, codes_wanted, 2e-3 if dtype == torch.float32 else 5e-3)
+
+
 def test_split_k_gives_the_exact_sum_and_cleans_up() -> None:
     from lampq_rt.kernels.gpu import impl
     from lampq_rt.kernels.gpu.configs import LinearConfig

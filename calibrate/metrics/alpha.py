@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from lampq_rt.calibrate.judge import Judge
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import Simulation
 from lampq_rt.sites import Site
@@ -29,58 +28,7 @@ WINDOW = (5.0, 60.0)
 FLOOR = 1e-3
 """The smallest A(t), as a share of the largest."""
 
-BATCH = 32
-
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model answers to the calibration images, against what it should.
-
-    Attributes:
-        accuracy: percent of images with the right label; percent that agree with the floating-point model without
-        labels. cross_entropy: nats, mean over images, against the labels; without, against the floating-point model's
-        probabilities. kl: nats, mean over images, of the floating-point model's probabilities against these.
-    """
-
-    accuracy: float
-    cross_entropy: float
-    kl: float
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Compares a model's answers on the calibration images with those of the floating-point model.
-
-    Attributes:
-        images: fp32 [n, C, H, W].
-        logits: fp32 [n, classes] of the floating-point model.
-        labels: int64 [n], or None.
-    """
-
-    images: Tensor
-    logits: Tensor
-    labels: Tensor | None
-
-    @torch.no_grad()
-    def __call__(self, simulation: Simulation) -> Answers:
-        """Run the images through `simulation` as it is set."""
-        device = next(simulation.parameters()).device
-        batches = [simulation(batch.to(device)).flatten(1).float() for batch in self.images.split(BATCH)]
-        return self.judge(torch.cat(batches))
-
-    def judge(self, logits: Tensor) -> Answers:
-        """The answers that these logits [n, classes] are."""
-        found, wanted = logits.double().log_softmax(-1), self.logits.double().log_softmax(-1)
-        kl = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
-        if self.labels is None:
-            right, cross_entropy = wanted.argmax(-1), -(wanted.exp() * found).sum(-1).mean()
-        else:
-            right = self.labels.to(found.device)
-            cross_entropy = F.nll_loss(found, right)
-        accuracy = (found.argmax(-1) == right).double().mean() * 100
-        return Answers(float(accuracy), float(cross_entropy), float(kl))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,26 @@ def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: 
         x.copy_(x.float() + onednn.linear(x_q, weight, "none", 1.0, 0, torch.float32))
 
 
+def linear_residual_layernorm(
+    x: Tensor,
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    inv_scale: float,
+    zero_point: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.linear_residual_layernorm`."""
+    linear_residual(x, x_q, w_q, scale, column, bias)
+    return layernorm_quantize(x, norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype)
+
+
 def linear_qkv(
     x_q: Tensor,
     w_q: Tensor,

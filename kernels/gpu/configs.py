@@ -7,7 +7,7 @@ small batches get from 64-row tiles and from splitting K.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import triton
 
@@ -63,6 +63,7 @@ SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm89": 99 * 1024, "sm90"
 """Shared memory of one program, bytes."""
 
 MAX_ACCUMULATORS = 128
+MAX_ROW_ACCUMULATORS = 96
 
 
 def feasible(config: LinearConfig, arch: str, a_bits: int = 8, w_bits: int = 8) -> bool:
@@ -83,6 +84,30 @@ def linear_config(m: int, n: int, k: int, processors: int, arch: str, a_bits: in
         split *= 2
     stages = 4 if feasible(LinearConfig(64, 64, 128, warps=4, stages=4), arch, a_bits, w_bits) else 3
     return LinearConfig(64, 64, 128, split_k=split, warps=4, stages=stages)
+
+
+MAX_ROW = 512
+"""The widest residual stream whose rows one program can hold (`linear_rows_kernel`)."""
+
+ROWS_CANDIDATES = tuple(
+    LinearConfig(m, MAX_ROW, k, warps=w, stages=s)
+    for m, k, w, s in ((64, 128, 8, 3), (64, 64, 8, 4), (64, 128, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2))
+)
+"""What the tuner tries for it; block_n stands for the whole row, whatever its width."""
+
+
+def row_tiles(width: int) -> tuple[int, int]:
+    """Up to two powers of two, at least 64 and at most 256, that cover `width` <= 512: the fewest columns."""
+    sizes = (64, 128, 256)
+    covers = [(a, b) for a in sizes for b in (0, *sizes) if b <= a and a + b >= width]
+    return min(covers, key=lambda tiles: (sum(tiles), tiles[1] > 0))
+
+
+def rows_feasible(config: LinearConfig, width: int, arch: str, a_bits: int = 8, w_bits: int = 8) -> bool:
+    """As `feasible`, for whole rows; the epilogue keeps the sums a second time in fp32."""
+    whole = replace(config, block_n=sum(row_tiles(width)))
+    limit = SHARED_LIMIT.get(arch, 99 * 1024)
+    return whole.shared_bytes(a_bits, w_bits) <= limit and whole.accumulator_registers() <= MAX_ROW_ACCUMULATORS
 
 
 @dataclass(frozen=True)

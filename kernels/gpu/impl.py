@@ -19,6 +19,7 @@ from lampq_rt.kernels.gpu import configs, tables
 from lampq_rt.kernels.gpu import linear as linear_kernels
 from lampq_rt.kernels.gpu.attention import attention_kernel
 from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel, quantize_kernel
+from lampq_rt.kernels.gpu.rows import linear_rows_kernel
 
 FULL = reference.code_range(8)
 NAMES = ("requant", "float", "residual", "heads")
@@ -173,6 +174,76 @@ def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: 
     """See `reference.linear_residual`; `x` contiguous."""
     assert x.is_contiguous()
     _launch_linear(linear_kernels.RESIDUAL, x_q, w_q, scale, column, bias, x)
+
+
+def linear_residual_layernorm(
+    x: Tensor,
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    inv_scale: float,
+    zero_point: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.linear_residual_layernorm`; one kernel where a tuned table prefers it, else two."""
+    config = _rows_config(x_q, w_q)
+    if config is None:
+        linear_residual(x, x_q, w_q, scale, column, bias)
+        return layernorm_quantize(x, norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype)
+    out = _empty(x, tuple(x.shape), dtype)
+    norm = (norm_weight, norm_bias, eps, inv_scale, zero_point)
+    launch_rows(config, x, x_q, w_q, scale, column, bias, out, *norm, reference.code_range(bits))
+    return out
+
+
+def _rows_config(x_q: Tensor, w_q: Tensor) -> configs.LinearConfig | None:
+    width = w_q.shape[0]
+    if width > configs.MAX_ROW:
+        return None
+    k = w_q.shape[1] * (2 if w_q.dtype == torch.uint8 else 1)
+    bits = (8 if x_q.shape[-1] == k else 4, 4 if w_q.dtype == torch.uint8 else 8)
+    m = x_q.numel() // x_q.shape[-1]
+    return tables.rows(_of(x_q)[0], tables.linear_key("rows", m, width, k, *bits, 8, False))
+
+
+def launch_rows(
+    config: configs.LinearConfig,
+    x: Tensor,
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    inv_scale: float,
+    zero_point: int,
+    codes: tuple[int, int],
+) -> None:
+    """Start `linear_rows_kernel`: `x` contiguous, at most `configs.MAX_ROW` wide; `out` in its container."""
+    assert x.is_contiguous()
+    width = w_q.shape[0]
+    b_packed = w_q.dtype == torch.uint8
+    k = w_q.shape[1] * (2 if b_packed else 1)
+    a_packed = x_q.shape[-1] != k
+    x_q = x_q.contiguous()
+    m, ptx = x_q.numel() // x_q.shape[-1], _of(x_q)[2]
+    linear_rows_kernel[(triton.cdiv(m, config.block_m),)](
+        _bytes(x_q), _bytes(w_q), scale, column, bias if bias is not None else scale, x,
+        norm_weight if norm_weight is not None else scale, norm_bias if norm_bias is not None else scale, _bytes(out),
+        m, width, k, eps, inv_scale, float(zero_point),
+        bias is not None, norm_weight is not None, norm_bias is not None, *codes,
+        a_packed, b_packed, out.dtype == torch.uint8, k % config.block_k == 0, ptx,
+        config.block_m, *configs.row_tiles(width), config.block_k, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
 
 
 def linear_qkv(

@@ -40,50 +40,49 @@ def _tile_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def load_codes(ptr, offsets, mask, k, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """int8 codes [rows, BLOCK_K] of channels k ...; `offsets` [rows]: where a row starts, in bytes."""
+    channels = k + tl.arange(0, BLOCK_K)
+    full = mask[:, None] if EVEN_K else mask[:, None] & (channels < K)[None, :]
+    return tl.load(ptr + offsets[:, None] + channels[None, :], mask=full, other=0)
+
+
+@triton.jit
+def load_halves(
+    ptr, offsets, mask, k, K, PACKED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """The same channels as two int8 tiles [rows, BLOCK_K / 2]: those of low nibbles and those of high ones.
+
+    Of packed codes, 16 times too large.
+    """
+    slots = tl.arange(0, BLOCK_K // 2)  # bytes of a packed tile
+    full = mask[:, None] if EVEN_K else mask[:, None] & (k // 2 + slots < K // 2)[None, :]
+    if PACKED:
+        packed = tl.load(ptr + offsets[:, None] + (k // 2 + slots)[None, :], mask=full, other=0)
+        return low_nibbles_x16(packed, PTX), high_nibbles_x16(packed, PTX)
+    low_channels = (k + (slots // 32) * 64 + slots % 32)[None, :]
+    low = tl.load(ptr + offsets[:, None] + low_channels, mask=full, other=0)
+    high = tl.load(ptr + offsets[:, None] + low_channels + 32, mask=full, other=0)
+    return low, high
+
+
+@triton.jit
 def _accumulate(
     a_ptr, b_ptr, row_offsets, row_mask, column_offsets, column_mask, first_k, last_k, K,
     A_PACKED: tl.constexpr, B_PACKED: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """int32 [BLOCK_M, BLOCK_N] sum over channels first_k..last_k; 16 times too large for each packed operand.
-
-    row_offsets, column_offsets: where a row starts, in bytes of its container.
-    """
+    """int32 [BLOCK_M, BLOCK_N] sum over channels first_k..last_k; 16 times too large for each packed operand."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     if not A_PACKED and not B_PACKED:
-        channels = tl.arange(0, BLOCK_K)
         for k in range(first_k, last_k, BLOCK_K):
-            inside = (k + channels < K)[None, :]
-            a_mask = row_mask[:, None] if EVEN_K else row_mask[:, None] & inside
-            b_mask = column_mask[:, None] if EVEN_K else column_mask[:, None] & inside
-            a = tl.load(
-                a_ptr + row_offsets[:, None] + (k + channels)[None, :], mask=a_mask, other=0
-            )  # [BLOCK_M, BLOCK_K]
-            b = tl.load(b_ptr + column_offsets[:, None] + (k + channels)[None, :], mask=b_mask, other=0)
+            a = load_codes(a_ptr, row_offsets, row_mask, k, K, EVEN_K, BLOCK_K)
+            b = load_codes(b_ptr, column_offsets, column_mask, k, K, EVEN_K, BLOCK_K)
             acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
         return acc
-    half: tl.constexpr = BLOCK_K // 2
-    slots = tl.arange(0, half)  # bytes of a packed tile
-    spread = (slots // 32) * 64 + slots % 32  # the channel in each slot's low nibble
     for k in range(first_k, last_k, BLOCK_K):
-        packed_inside = (k // 2 + slots < K // 2)[None, :]
-        if A_PACKED:
-            a_mask = row_mask[:, None] if EVEN_K else row_mask[:, None] & packed_inside
-            a = tl.load(a_ptr + row_offsets[:, None] + (k // 2 + slots)[None, :], mask=a_mask, other=0)
-            a_low, a_high = low_nibbles_x16(a, PTX), high_nibbles_x16(a, PTX)
-        else:
-            low_channels = (k + spread)[None, :]
-            a_mask = row_mask[:, None] if EVEN_K else row_mask[:, None] & packed_inside
-            a_low = tl.load(a_ptr + row_offsets[:, None] + low_channels, mask=a_mask, other=0)
-            a_high = tl.load(a_ptr + row_offsets[:, None] + low_channels + 32, mask=a_mask, other=0)
-        b_mask = column_mask[:, None] if EVEN_K else column_mask[:, None] & packed_inside
-        if B_PACKED:
-            b = tl.load(b_ptr + column_offsets[:, None] + (k // 2 + slots)[None, :], mask=b_mask, other=0)
-            b_low, b_high = low_nibbles_x16(b, PTX), high_nibbles_x16(b, PTX)
-        else:
-            low_channels = (k + spread)[None, :]
-            b_low = tl.load(b_ptr + column_offsets[:, None] + low_channels, mask=b_mask, other=0)
-            b_high = tl.load(b_ptr + column_offsets[:, None] + low_channels + 32, mask=b_mask, other=0)
+        a_low, a_high = load_halves(a_ptr, row_offsets, row_mask, k, K, A_PACKED, EVEN_K, BLOCK_K, PTX)
+        b_low, b_high = load_halves(b_ptr, column_offsets, column_mask, k, K, B_PACKED, EVEN_K, BLOCK_K, PTX)
         acc = tl.dot(a_low, b_low.T, acc, out_dtype=tl.int32)
         acc = tl.dot(a_high, b_high.T, acc, out_dtype=tl.int32)
     return acc

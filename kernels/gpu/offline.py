@@ -16,11 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lampq_rt.kernels.gpu import attention, configs, layernorm, linear
+from lampq_rt.kernels.gpu import attention, configs, layernorm, linear, rows
 
 POINTERS = {
     "scale_ptr": "*fp32", "column_ptr": "*i32", "bias_ptr": "*fp32", "step_ptr": "*fp32", "partial_ptr": "*i32",
-    "lock_ptr": "*i32", "weight_ptr": "*fp32", "logit_scale_ptr": "*fp32", "v_scale_ptr": "*fp32",
+    "lock_ptr": "*i32", "weight_ptr": "*fp32", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32", "logit_scale_ptr": "*fp32", "v_scale_ptr": "*fp32",
 }  # fmt: skip
 """Element types of pointers that are not int8 codes."""
 
@@ -164,3 +164,18 @@ def compile_layernorm(arch: int, width: int, *, x: str = "*fp16", packed: bool =
         "BLOCK_M": block_m, "BLOCK_D": block_d,
     }  # fmt: skip
     return compile_kernel(layernorm.layernorm_quantize_kernel, constants, {"x_ptr": x}, arch, 4, 1)
+
+
+def compile_rows(
+    arch: int, config: configs.LinearConfig, width: int, *, a_packed: bool = False, b_packed: bool = False,
+    x: str = "*fp16",
+) -> Compiled:  # fmt: skip
+    """`linear_rows_kernel` as the launcher configures it; its output is packed where its input is."""
+    low, high = (-8, 7) if a_packed else (-128, 127)
+    tiles = configs.row_tiles(width)
+    constants = {
+        "HAS_BIAS": True, "HAS_NORM_WEIGHT": True, "HAS_NORM_BIAS": True, "LOW": low, "HIGH": high,
+        "A_PACKED": a_packed, "B_PACKED": b_packed, "OUT_PACKED": a_packed, "EVEN_K": True, "PTX": True,
+        "BLOCK_M": config.block_m, "TILE_0": tiles[0], "TILE_1": tiles[1], "BLOCK_K": config.block_k,
+    }  # fmt: skip
+    return compile_kernel(rows.linear_rows_kernel, constants, {"x_ptr": x}, arch, config.warps, config.stages)

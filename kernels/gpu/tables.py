@@ -40,6 +40,14 @@ def linear(arch: str, key: str) -> LinearConfig | None:
     return found
 
 
+def rows(arch: str, key: str) -> LinearConfig | None:
+    """The tuned configuration of one kernel for linear, residual and LayerNorm, or None: two kernels are faster there.
+
+    Nothing is said of a shape that no table has: the two kernels look up their own.
+    """
+    return _table(arch).get(key)
+
+
 def user_table(arch: str) -> Path:
     """Where `save` puts what was tuned on this machine."""
     return cache_folder() / f"{arch}.json"
