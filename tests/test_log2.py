@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,19 +19,7 @@ from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.quantizers.log2 import ZERO
 from lampq_rt.simulate import simulate
 from lampq_rt.sites import Kind
-from tests.plans import VARIANTS, range_plan, tiny_vit
-
-
-def log2_plan(plan: Plan, bits: int) -> Plan:
-    """`plan` with every integer P in log2 codes of that many bits."""
-    fmt = Format(bits, "log2", "row")
-    return plan.with_sites(
-        {
-            name: replace(params, formats={**params.formats, "p": fmt})
-            for name, params in plan.sites.items()
-            if params.kind is Kind.PV and not params.is_float
-        }
-    )
+from tests.plans import VARIANTS, log2_plan, range_plan, tiny_vit
 
 
 def case(variant: str = "plain", bits: dict[str, int] | int = 8, p_bits: int = 4) -> tuple[nn.Module, Plan, Tensor]:
