@@ -36,7 +36,8 @@ SCHEMAS = {
     "linear_qkv": f"({_LINEAR}, {_HEADS}",
     "heads_quantize": "(Tensor qkv, bool norm, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "
     f"float eps, {_HEADS}",
-    "attention": f"(Tensor q, Tensor k, Tensor v, Tensor logit_scale, Tensor v_scale, int p_bits, {_OUT}) -> Tensor",
+    "attention": "(Tensor q, Tensor k, Tensor v, Tensor logit_scale, Tensor v_scale, int p_bits, str p_scheme, "
+    f"{_OUT}) -> Tensor",
 }
 
 

@@ -25,6 +25,9 @@ FLOAT_BITS = 16
 NIBBLE_GROUP = 64
 """Channels of K that share 32 bytes: byte j holds channel j (low nibble) and channel j + 32 (high nibble)."""
 
+MAX_LOG2_BITS = 4
+"""Width up to which codes of P may be powers of two: 2^0 ... 2^-15 and an int8 v are exact in fp16."""
+
 TOKEN_PAD = 16
 """Rows of v^T are padded with zeros to a multiple of this many tokens."""
 
@@ -234,6 +237,41 @@ def _quantize_heads(
     return q_q, k_q, transpose_v(v_q)
 
 
+def softmax_unit(p_bits: int, p_scheme: str) -> float:
+    """What the weight 1 of a row's maximum becomes in the integers that multiply v: "rowmax" 2^b-1, "log2" 2^(2^b-1).
+
+    Raises:
+        ValueError: unknown scheme, or "log2" with more than 4 bits.
+    """
+    if p_scheme == "rowmax":
+        return float((1 << p_bits) - 1)
+    if p_scheme != "log2":
+        raise ValueError(f"softmax codes of scheme {p_scheme!r}; allowed: rowmax, log2")
+    if p_bits > MAX_LOG2_BITS:
+        raise ValueError(f"log2 softmax codes of {p_bits} bits; allowed: at most {MAX_LOG2_BITS}")
+    return float(1 << ((1 << p_bits) - 1))
+
+
+def softmax_weights(shifted: Tensor, e: Tensor, p_bits: int, p_scheme: str) -> Tensor:
+    """fp32 integers that multiply v, in units of 1 / `softmax_unit` (rule 7).
+
+    "log2" is the quantiser of FQ-ViT (2111.13824), RepQ-ViT (2212.08254) and AdaLog (2407.12951) at base 2:
+    code = rne(-log2 e), weight 2^-code, and 0 where the code is 2^b or more. The logit below its row's maximum is
+    log2 e, so no logarithm is taken and every backend gets the same code.
+
+    Args:
+        shifted: logits in powers of two less their row's maximum, fp32.
+        e: exp2(shifted).
+        p_bits: bits of a code.
+        p_scheme: "rowmax" or "log2".
+    """
+    unit = softmax_unit(p_bits, p_scheme)
+    if p_scheme == "rowmax":
+        return (e * unit).round()
+    code = shifted.neg().round()
+    return torch.where(code < 1 << p_bits, unit * torch.exp2(-code), 0.0)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -241,6 +279,7 @@ def attention(
     logit_scale: Tensor,
     v_scale: Tensor,
     p_bits: int,
+    p_scheme: str,
     out_inv_scale: float,
     out_zero_point: int,
     out_bits: int,
@@ -254,7 +293,9 @@ def attention(
         v: int8 [B, H, d, N_pad], zero in the padding.
         logit_scale: fp32 [H], q_scale * k_scale * log2(e) / sqrt(d).
         v_scale: fp32 [H].
-        p_bits: bits of the codes of the unnormalised softmax, whose row maximum has the top code.
+        p_bits: bits of the codes of the unnormalised softmax.
+        p_scheme: what those codes mean: "rowmax" (the row's maximum has the top code) or "log2" (powers of two, at
+            most 4 bits).
         out_inv_scale: 1/step of the result's codes; ignored for `out_bits` = 16.
         out_zero_point: of the signed code.
         out_bits: 2..8 for codes, 16 for floating point.
@@ -262,14 +303,18 @@ def attention(
 
     Returns:
         [B, N, H*d] in `dtype`.
+
+    Raises:
+        ValueError: see `softmax_unit`.
     """
+    unit = softmax_unit(p_bits, p_scheme)
     tokens = q.shape[-2]
     logits = matmul_codes(q, k.transpose(-2, -1)).float() * logit_scale.view(-1, 1, 1)
-    e = torch.exp2(logits - logits.amax(-1, keepdim=True))
-    top = float((1 << p_bits) - 1)
-    p_q = (e * top).round()
-    acc = matmul_codes(p_q, v[..., :tokens].transpose(-2, -1)).float()
-    y = acc * (v_scale.view(-1, 1, 1) / (top * e.sum(-1, keepdim=True)))
+    shifted = logits - logits.amax(-1, keepdim=True)
+    e = torch.exp2(shifted)
+    weights = softmax_weights(shifted, e, p_bits, p_scheme)
+    acc = (weights.double() @ v[..., :tokens].transpose(-2, -1).double()).float()  # exact, rounded once
+    y = acc * (v_scale.view(-1, 1, 1) / (unit * e.sum(-1, keepdim=True)))
     y = y.transpose(1, 2).flatten(2)
     return y.to(dtype) if out_bits == FLOAT_BITS else quantize(y, out_inv_scale, out_zero_point, out_bits, dtype)
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from lampq_rt.errors import BackendError, FormatError
-from lampq_rt.formats import FLOAT, FLOAT_BITS, INTEGER_BITS, Format
+from lampq_rt.formats import FLOAT, FLOAT_BITS, INTEGER_BITS, SOFTMAX_SCHEMES, Format
+from lampq_rt.kernels.reference import MAX_LOG2_BITS
 from lampq_rt.sites import Kind, Site
 
 TARGETS = ("any", "cpu", "cuda")
@@ -17,13 +18,17 @@ Formats = Mapping[str, Format]
 """One choice for a site: a format per operand."""
 
 
-def formats(kind: Kind, bits: int, *, input_bits: int | None = None) -> dict[str, Format]:
+def formats(kind: Kind, bits: int, *, input_bits: int | None = None, p_scheme: str = "rowmax") -> dict[str, Format]:
     """The formats of a site of that kind at a width: weight and input share it (LampQ), as do a matmul's two operands.
 
     Args:
         kind: the site's kind.
         bits: 2..8, or 16 for floating point.
         input_bits: width of a linear's input where it differs from the weight's. A patch embedding's is 8 by default.
+        p_scheme: of softmax output: "rowmax", or "log2", which has at most 4 bits.
+
+    Raises:
+        FormatError: no such scheme of softmax output, or not at that width.
     """
     if bits == FLOAT_BITS:
         operands = {Kind.QK: ("q", "k"), Kind.PV: ("p", "v")}.get(kind, ("weight", "input"))
@@ -31,13 +36,21 @@ def formats(kind: Kind, bits: int, *, input_bits: int | None = None) -> dict[str
     if kind is Kind.QK:
         return dict.fromkeys(("q", "k"), Format(bits, "uniform", "head", True))
     if kind is Kind.PV:
-        return {"p": Format(bits, "rowmax", "row", True), "v": Format(bits, "uniform", "head", True)}
+        return {"p": _softmax_format(bits, p_scheme), "v": Format(bits, "uniform", "head", True)}
     if input_bits is None:
         input_bits = 8 if kind is Kind.PATCH_EMBED else bits
     return {
         "weight": Format(bits, "uniform", "channel", True),
         "input": Format(input_bits, "uniform", "tensor", False),
     }
+
+
+def _softmax_format(bits: int, scheme: str) -> Format:
+    if scheme not in SOFTMAX_SCHEMES:
+        raise FormatError(f"scheme {scheme!r} of softmax output; allowed: {', '.join(SOFTMAX_SCHEMES)}")
+    if scheme == "log2" and bits > MAX_LOG2_BITS:
+        raise FormatError(f"log2 softmax output of {bits} bits; allowed: 2..{MAX_LOG2_BITS}")
+    return Format(bits, scheme, "row", True)
 
 
 def menu(site: Site, target: str = "any") -> tuple[Formats, ...]:
@@ -65,7 +78,11 @@ def check_formats(site: Site, chosen: Formats) -> None:
     if all(floats):
         return
     for operand, came in chosen.items():
-        allowed = formats(site.kind, came.bits, input_bits=came.bits)[operand]
+        p_scheme = came.scheme if operand == "p" and came.scheme in SOFTMAX_SCHEMES else "rowmax"
+        try:
+            allowed = formats(site.kind, came.bits, input_bits=came.bits, p_scheme=p_scheme)[operand]
+        except FormatError as error:
+            raise FormatError(f"{site.name}: {operand} is {came}; {error}") from None
         same_up_to_zero_point = Format(came.bits, came.scheme, came.granularity, allowed.symmetric) == allowed
         if not same_up_to_zero_point or (came.symmetric != allowed.symmetric and operand != "input"):
             raise FormatError(f"{site.name}: {operand} is {came}; this runtime executes {allowed} there")

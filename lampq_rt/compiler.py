@@ -152,7 +152,7 @@ def _check_tensors(name: str, out_features: int, in_features: int, heads: int, p
     params = plan.sites[name]
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for operand, fmt in params.formats.items():
-        if fmt.is_float or fmt.scheme == "rowmax":
+        if not fmt.has_steps:
             continue
         shape = {"channel": (out_features,), "head": (heads,), "tensor": ()}[fmt.granularity]
         wanted[f"{operand}.scale"] = (torch.float32, shape)

@@ -13,6 +13,9 @@ FLOAT_BITS = 16
 INTEGER_BITS = tuple(range(2, 9))
 """Widths of integer codes that every backend stores and computes with."""
 
+SOFTMAX_SCHEMES = ("rowmax", "log2")
+"""Schemes of softmax output. Their steps are fixed, so a plan holds none."""
+
 GRANULARITIES = ("tensor", "head", "channel", "row")
 
 
@@ -23,7 +26,8 @@ class Format:
     Attributes:
         bits: width of a code, 2..8, or 16 for floating point.
         scheme: name of the quantizer (`lampq_rt.quantizers`): "uniform"; "rowmax" for softmax output whose row maximum
-            has the top code (docs/numerics.md, rule 7); "float" for 16 bits.
+            has the top code, "log2" for softmax output in powers of two (docs/numerics.md, rule 7); "float" for 16
+            bits.
         granularity: what shares one step: "tensor", "head", "channel" (output channel of a weight) or "row".
         symmetric: True where the zero-point is 0.
     """
@@ -45,6 +49,11 @@ class Format:
     def is_float(self) -> bool:
         """True where the operand stays in floating point."""
         return self.bits == FLOAT_BITS
+
+    @property
+    def has_steps(self) -> bool:
+        """True where a plan must hold the format's steps."""
+        return not self.is_float and self.scheme not in SOFTMAX_SCHEMES
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict, as it stands in plan.json."""

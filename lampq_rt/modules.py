@@ -180,7 +180,8 @@ class IntegerAttention(nn.Module):
     def __init__(self, qk: SiteParams, pv: SiteParams, heads: int, head_dim: int, backend: str = "native") -> None:
         super().__init__()
         self.backend, self.heads = backend, heads
-        self.qk_bits, self.p_bits, self.v_bits = qk.bits, pv.formats["p"].bits, pv.formats["v"].bits
+        self.p_bits, self.p_scheme = pv.formats["p"].bits, pv.formats["p"].scheme
+        self.qk_bits, self.v_bits = qk.bits, pv.formats["v"].bits
         q, k, v = qk.tensors["q.scale"], qk.tensors["k.scale"], pv.tensors["v.scale"]
         steps = torch.cat([q, k, v]).reciprocal().repeat_interleave(head_dim)
         self.register_buffer("steps", steps)  # 1/step of every column of qkv, fp32 [3*H*d]
@@ -203,13 +204,13 @@ class IntegerAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Step) -> Tensor:
         """Codes (or fp32 where `out` is floating point) [B, N, H*d] for the output projection."""
         dtype = torch.float32 if out.bits == FLOAT_BITS else out.container(q, self.backend)
-        return ops(self.backend).attention(
-            q, k, v, self.logit_scale, self.v_scale, self.p_bits, out.inv_scale, out.zero_point, out.bits, dtype
-        )
+        p, tail = (self.p_bits, self.p_scheme), (out.inv_scale, out.zero_point, out.bits, dtype)
+        return ops(self.backend).attention(q, k, v, self.logit_scale, self.v_scale, *p, *tail)
 
     def extra_repr(self) -> str:
         """For print(model)."""
-        return f"heads={self.heads}, qk={self.qk_bits} bits, p={self.p_bits} bits, v={self.v_bits} bits"
+        p = f"p={self.p_bits} bits ({self.p_scheme})"
+        return f"heads={self.heads}, qk={self.qk_bits} bits, {p}, v={self.v_bits} bits"
 
 
 class IntegerHead(nn.Module):

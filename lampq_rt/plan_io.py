@@ -217,7 +217,7 @@ def _wanted_tensors(formats: Mapping[str, Format]) -> dict[str, _Wanted]:
     """What each tensor must be that a site of these formats may hold."""
     wanted: dict[str, _Wanted] = {}
     for operand, fmt in formats.items():
-        if fmt.is_float or fmt.scheme == "rowmax":
+        if not fmt.has_steps:
             continue
         wanted[f"{operand}.scale"] = (torch.float32, 0 if fmt.granularity == "tensor" else 1, None)
         if not fmt.symmetric:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from lampq_rt.formats import Format
 from lampq_rt.plan import Plan
+from lampq_rt.sites import Kind
 from lampq_rt.standin import stand_in_plan
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -41,3 +45,15 @@ def tiny_vit(**changes: object) -> nn.Module:
 def range_plan(model: nn.Module, images: Tensor, bits: dict[str, int] | int = 8) -> Plan:
     """A plan with min-max steps; `bits` for all sites, or by kind ("qkv", "pv", "head", "default")."""
     return stand_in_plan(model, images, bits)
+
+
+def log2_plan(plan: Plan, bits: int) -> Plan:
+    """`plan` with every integer P in log2 codes of that many bits."""
+    fmt = Format(bits, "log2", "row")
+    return plan.with_sites(
+        {
+            name: replace(params, formats={**params.formats, "p": fmt})
+            for name, params in plan.sites.items()
+            if params.kind is Kind.PV and not params.is_float
+        }
+    )

@@ -66,6 +66,16 @@ def test_attention(arch: int, tokens: int, head_dim: int) -> None:
     check(offline.compile_attention(arch, tokens, head_dim), arch, store=8)
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"), [(49, 32), (197, 64), (197, 80), (256, 64), (256, 96), (256, 128), (577, 64), (577, 128)]
+)
+def test_attention_log2(arch: int, tokens: int, head_dim: int) -> None:
+    made = offline.compile_attention(arch, tokens, head_dim, p_bits=4, p_scheme="log2")
+    check(made, arch, store=8)
+    assert (made.wgmma_fp16 if arch == 90 else made.mma_fp16) > 0, made
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("packed", [False, True], ids=["int8", "int4"])
 def test_attention_and_layernorm_pack(arch: int, packed: bool) -> None:

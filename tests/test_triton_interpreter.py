@@ -17,7 +17,7 @@ from torch import Tensor
 import lampq_rt
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.ops import TRITON
-from tests.plans import range_plan, tiny_vit
+from tests.plans import log2_plan, range_plan, tiny_vit
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -148,21 +148,48 @@ def test_attention(tokens: int, head_dim: int) -> None:
     q, k, v = (codes((1, 2, tokens, head_dim), 8, seed=s) for s in range(3))
     v = reference.transpose_v(v)
     scales = (torch.tensor([1e-3, 3e-5]), torch.tensor([0.7, 0.2]))
-    for p_bits in (8, 4):
+    for p in ((8, "rowmax"), (4, "rowmax"), (4, "log2"), (3, "log2")):
         for bits, dtype in ((8, torch.int8), (4, torch.int4 if head_dim == 64 else torch.int8)):
-            args = (q, k, v, *scales, p_bits, 1.5 if bits == 8 else 0.1, -2, bits, dtype)
+            args = (q, k, v, *scales, *p, 1.5 if bits == 8 else 0.1, -2, bits, dtype)
             assert_codes(TRITON.attention(*args), reference.attention(*args))
-    args = (q, k, v, *scales, 8, 1.0, 0, 16, torch.float32)
-    came, wanted = TRITON.attention(*args), reference.attention(*args)
-    # A code of P that falls the other way moves a whole row by 1/255 of a value: compare the spread, not each number.
-    assert (came - wanted).pow(2).mean().sqrt() <= 1e-4 * wanted.pow(2).mean().sqrt()
+    for p, limit in (((8, "rowmax"), 1e-4), ((4, "log2"), 1e-6), ((3, "log2"), 1e-6)):
+        args = (q, k, v, *scales, *p, 1.0, 0, 16, torch.float32)
+        came, wanted = TRITON.attention(*args), reference.attention(*args)
+        # A rowmax code that falls the other way moves a row by 1/255 of a value: compare the spread, not each number.
+        assert (came - wanted).pow(2).mean().sqrt() <= limit * wanted.pow(2).mean().sqrt()
+
+
+@pytest.mark.parametrize("tokens", [49, 197, 300])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_log2_codes_on_ties_and_beyond_the_last_code(tokens: int, bits: int) -> None:
+    q = torch.zeros((1, 1, tokens, 32), dtype=torch.int8)
+    q[..., 0] = 1
+    k = torch.zeros_like(q)
+    k[0, 0, :, 0] = -(torch.arange(tokens) % 50).to(torch.int8)  # logits 0, -1/2, -1, …
+    v = reference.transpose_v(codes((1, 1, tokens, 32), 8))
+    args = (q, k, v, torch.tensor([0.5]), torch.ones(1), bits, "log2", 1.0, 0, 16, torch.float32)
+    torch.testing.assert_close(TRITON.attention(*args), reference.attention(*args), rtol=1e-5, atol=1e-5)
+    assert [round(i / 2) for i in (1, 3, 5)] == [0, 2, 2], "the row holds ties both ways"
+
+
+@pytest.mark.parametrize("p", [(8, "rowmax"), (4, "log2")])
+@pytest.mark.parametrize("tokens", [49, 197, 577])
+def test_attention_ignores_what_lies_in_the_padding_of_v(tokens: int, p: tuple[int, str]) -> None:
+    q, k, v = (codes((1, 2, tokens, 64), 8, seed=s) for s in range(3))
+    v = reference.transpose_v(v)
+    poisoned = v.clone()
+    poisoned[..., tokens:] = -77
+    tail = (torch.tensor([1e-3, 3e-5]), torch.tensor([0.7, 0.2]), *p, 1.5, 0, 8, torch.int8)
+    assert_codes(TRITON.attention(q, k, poisoned, *tail), reference.attention(q, k, v, *tail))
 
 
 @pytest.mark.parametrize("bits", [8, 4, {"default": 8, "fc1": 4, "fc2": 3, "proj": 16}])
-def test_a_whole_model_runs_on_the_triton_path(bits: dict[str, int] | int) -> None:
+@pytest.mark.parametrize("log2", [False, True], ids=["rowmax", "log2"])
+def test_a_whole_model_runs_on_the_triton_path(bits: dict[str, int] | int, log2: bool) -> None:
     model = tiny_vit(init_values=0.5)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     plan = range_plan(model, images, bits)
+    plan = log2_plan(plan, 4) if log2 else plan
     with torch.inference_mode():
         wanted = lampq_rt.compile(model, plan, backend="reference")(images)
         came = lampq_rt.compile(model, plan, backend="triton")(images)

@@ -61,6 +61,6 @@ def _attention_cases(batch: int, tokens: int, heads: int, head_dim: int) -> Iter
     yield f"heads {label}", "heads_quantize", (floats, False, None, None, None, None, 0.0, heads, steps, 8, 8)
     q, k, v = (_codes((batch, heads, tokens, head_dim), 8) for _ in range(3))
     scales = (torch.rand(heads) * 1e-3, torch.rand(heads) + 0.1)
-    for p_bits in (8, 4):
-        args = (q, k, reference.transpose_v(v), *scales, p_bits, 1.5, -2, 8, torch.int8)
-        yield f"attention {label} p{p_bits}", "attention", args
+    for p in ((8, "rowmax"), (4, "rowmax"), (4, "log2"), (3, "log2")):
+        args = (q, k, reference.transpose_v(v), *scales, *p, 1.5, -2, 8, torch.int8)
+        yield f"attention {label} {p[1]} p{p[0]}", "attention", args

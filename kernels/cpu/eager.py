@@ -31,24 +31,30 @@ def attention(
     logit_scale: Tensor,
     v_scale: Tensor,
     p_bits: int,
+    p_scheme: str,
     out_inv_scale: float,
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `reference.attention`; one integer matmul per image and head."""
+    """See `reference.attention`; one integer matmul per image and head, for log2 codes one in fp64, exact as well."""
     batch, heads, tokens, head_dim = q.shape
-    top = float((1 << p_bits) - 1)
+    unit = reference.softmax_unit(p_bits, p_scheme)
     half = 1 << (p_bits - 1)
     y = torch.empty((batch, tokens, heads, head_dim), dtype=torch.float32)
     for b in range(batch):
         for h in range(heads):
             logits = _matmul(q[b, h], k[b, h].t()).float() * logit_scale[h]
-            e = torch.exp2(logits - logits.amax(-1, keepdim=True))
-            p_q = (e * top).round_().sub_(half).to(torch.int8)
+            shifted = logits.sub_(logits.amax(-1, keepdim=True))
+            e = torch.exp2(shifted)
+            weights = reference.softmax_weights(shifted, e, p_bits, p_scheme)
             values = v[b, h, :, :tokens].t()
-            acc = _matmul(p_q, values) + half * values.to(torch.int32).sum(0, dtype=torch.int32)
-            y[b, :, h] = acc.float() * (v_scale[h] / (top * e.sum(-1, keepdim=True)))
+            if p_scheme == "rowmax":
+                p_q = weights.sub_(half).to(torch.int8)
+                acc = _matmul(p_q, values) + half * values.to(torch.int32).sum(0, dtype=torch.int32)
+            else:
+                acc = weights.double() @ values.double()
+            y[b, :, h] = acc.float() * (v_scale[h] / (unit * e.sum(-1, keepdim=True)))
     flat = y.flatten(2)
     if out_bits == reference.FLOAT_BITS:
         return flat.to(dtype)

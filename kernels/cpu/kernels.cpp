@@ -282,9 +282,12 @@ inline __m512 exp2_nonpositive(__m512 x) {
   return _mm512_scalef_ps(p, whole);
 }
 
-// One row of logits to codes of its unnormalised softmax; gives the sum of exponentials.
-// acc int32 [16*vectors], columns >= tokens are garbage; p_q u8 [16*vectors], zero there.
-inline float softmax_row(const int32_t* acc, uint8_t* p_q, int64_t tokens, int64_t vectors, float scale, float top) {
+// One row of logits to the integer weights of its unnormalised softmax; gives the sum of exponentials.
+// acc int32 [16*vectors], columns >= tokens are garbage; p_q u8 [16*vectors], zero there. Codes of log2 (kLog2) are weights
+// unit >> code of up to 16 bits: the low byte goes to p_q, the high one to p_high, where that is given.
+template <bool kLog2>
+inline float softmax_row(const int32_t* acc, uint8_t* p_q, uint8_t* p_high, int64_t tokens, int64_t vectors, float scale,
+                         float unit) {
   const auto mask_of = [tokens](int64_t v) -> __mmask16 {
     const int64_t left = tokens - 16 * v;
     return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << std::max<int64_t>(left, 0)) - 1);
@@ -294,14 +297,21 @@ inline float softmax_row(const int32_t* acc, uint8_t* p_q, int64_t tokens, int64
     most = _mm512_mask_max_epi32(most, mask_of(v), most, _mm512_loadu_si512(acc + 16 * v));
   const __m512 c = _mm512_set1_ps(scale);
   const __m512 shift = _mm512_set1_ps(static_cast<float>(_mm512_reduce_max_epi32(most)) * scale);
-  const __m512 tops = _mm512_set1_ps(top);
+  const __m512 units = _mm512_set1_ps(unit);
+  const __m512i one = _mm512_set1_epi32(static_cast<int32_t>(unit));
   __m512 sum = _mm512_setzero_ps();
   for (int64_t v = 0; v < vectors; ++v) {
     const __m512 logit = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(acc + 16 * v)), c);
     const __m512 e = _mm512_maskz_mov_ps(mask_of(v), exp2_nonpositive(_mm512_sub_ps(logit, shift)));
     sum = _mm512_add_ps(sum, e);
-    const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(e, tops));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p_q + 16 * v), _mm512_cvtepi32_epi8(code));
+    __m512i weight;
+    if (kLog2) {  // a shift by 32 or more gives 0, also by what a code too large for int32 becomes
+      weight = _mm512_maskz_srlv_epi32(mask_of(v), one, _mm512_cvtps_epi32(_mm512_sub_ps(shift, logit)));
+      if (p_high) _mm_storeu_si128(reinterpret_cast<__m128i*>(p_high + 16 * v), _mm512_cvtepi32_epi8(_mm512_srli_epi32(weight, 8)));
+    } else {
+      weight = _mm512_cvtps_epi32(_mm512_mul_ps(e, units));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p_q + 16 * v), _mm512_cvtepi32_epi8(weight));
   }
   return _mm512_reduce_add_ps(sum);
 }
@@ -315,9 +325,11 @@ void transpose_words(const int8_t* src, int64_t rows, int64_t src_stride, int64_
 
 struct Attention {
   int64_t heads, tokens, head_dim, padded;
-  float top;
+  float unit;  // what the weight 1 of a row's maximum is as an integer
+  bool log2;
   Codes codes;
   bool floating;
+  bool wide() const { return log2 && unit > 255.f; }  // weights of two bytes
   int64_t key_vectors() const { return (tokens + 15) / 16; }
   int64_t value_vectors() const { return (head_dim + 15) / 16; }
 };
@@ -329,11 +341,25 @@ struct Scratch {
         key_sums(make_buffer<int32_t>(16 * a.key_vectors())),
         logits(make_buffer<int32_t>(kRows * 16 * a.key_vectors())),
         product(make_buffer<int32_t>(kRows * 16 * a.value_vectors())),
+        product_high(make_buffer<int32_t>(a.wide() ? kRows * 16 * a.value_vectors() : 0)),
         queries(make_buffer<uint8_t>(kRows * a.head_dim)),
-        softmax(make_buffer<uint8_t>(kRows * 16 * a.key_vectors())) {}
-  Buffer<int32_t> keys, values, key_sums, logits, product;
-  Buffer<uint8_t> queries, softmax;
+        softmax(make_buffer<uint8_t>(kRows * 16 * a.key_vectors())),
+        softmax_high(make_buffer<uint8_t>(a.wide() ? kRows * 16 * a.key_vectors() : 0)) {}
+  Buffer<int32_t> keys, values, key_sums, logits, product, product_high;
+  Buffer<uint8_t> queries, softmax, softmax_high;
 };
+
+// out[d] = store(sum[d] * scale), where the sum of a wide row is 256 * high + low, exact in fp64 whatever the number of tokens.
+template <typename T, typename Store>
+inline void store_row(const int32_t* low, const int32_t* high, float scale, T* out, int64_t head_dim, const Store& store) {
+  if (high) {
+#pragma omp simd
+    for (int64_t d = 0; d < head_dim; ++d) out[d] = store(static_cast<float>(256.0 * high[d] + low[d]) * scale);
+  } else {
+#pragma omp simd
+    for (int64_t d = 0; d < head_dim; ++d) out[d] = store(static_cast<float>(low[d]) * scale);
+  }
+}
 
 void one_head(const Attention& a, Scratch& s, const int8_t* q, const int8_t* k, const int8_t* v, float logit_scale, float v_scale,
               void* out, int64_t out_stride) {
@@ -357,21 +383,22 @@ void one_head(const Attention& a, Scratch& s, const int8_t* q, const int8_t* k, 
 #pragma omp simd
     for (int64_t i = 0; i < rows * a.head_dim; ++i) queries[i] = static_cast<uint8_t>(block[i]) ^ 0x80;
     dot_block(rows, s.queries.get(), a.head_dim, s.keys.get(), kv, words, s.logits.get(), s.key_sums.get());
-    for (int64_t r = 0; r < rows; ++r)
-      sums[r] = softmax_row(s.logits.get() + r * 16 * kv, s.softmax.get() + r * 16 * kv, a.tokens, kv, logit_scale, a.top);
-    dot_block(rows, s.softmax.get(), 16 * kv, s.values.get(), vv, kv * 4, s.product.get(), nullptr);
     for (int64_t r = 0; r < rows; ++r) {
-      const float scale = v_scale / (a.top * sums[r]);
-      const int32_t* acc = s.product.get() + r * 16 * vv;
-      const Codes codes = a.codes;
-      if (a.floating) {
-        float* row = static_cast<float*>(out) + (first + r) * out_stride;
-        for (int64_t d = 0; d < a.head_dim; ++d) row[d] = static_cast<float>(acc[d]) * scale;
-      } else {
-        uint8_t* row = static_cast<uint8_t*>(out) + (first + r) * out_stride;
-#pragma omp simd
-        for (int64_t d = 0; d < a.head_dim; ++d) row[d] = codes(static_cast<float>(acc[d]) * scale);
-      }
+      const auto softmax = a.log2 ? softmax_row<true> : softmax_row<false>;
+      uint8_t* high = a.wide() ? s.softmax_high.get() + r * 16 * kv : nullptr;
+      sums[r] = softmax(s.logits.get() + r * 16 * kv, s.softmax.get() + r * 16 * kv, high, a.tokens, kv, logit_scale, a.unit);
+    }
+    dot_block(rows, s.softmax.get(), 16 * kv, s.values.get(), vv, kv * 4, s.product.get(), nullptr);
+    if (a.wide()) dot_block(rows, s.softmax_high.get(), 16 * kv, s.values.get(), vv, kv * 4, s.product_high.get(), nullptr);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float scale = v_scale / (a.unit * sums[r]);
+      const int32_t* low = s.product.get() + r * 16 * vv;
+      const int32_t* high = a.wide() ? s.product_high.get() + r * 16 * vv : nullptr;
+      const int64_t place = (first + r) * out_stride;
+      if (a.floating)
+        store_row(low, high, scale, static_cast<float*>(out) + place, a.head_dim, [](float y) { return y; });
+      else
+        store_row(low, high, scale, static_cast<uint8_t*>(out) + place, a.head_dim, Codes(a.codes));
     }
   }
 }
@@ -383,10 +410,9 @@ extern "C" {
 // q, k int8 [batch, heads, tokens, head_dim]; v int8 [batch, heads, head_dim, padded], zero in the padding, padded a multiple of
 // 16; head_dim a multiple of 4. out [batch, tokens, heads * head_dim]: bytes, or fp32 where `floating`.
 void lampq_attention(const int8_t* q, const int8_t* k, const int8_t* v, const float* logit_scale, const float* v_scale, void* out,
-                     int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, int64_t padded, int p_bits, float inv,
+                     int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, int64_t padded, float unit, int log2, float inv,
                      float zero_point, float low, float high, int offset, int floating, int threads) {
-  const Attention a{heads, tokens, head_dim, padded, static_cast<float>((1 << p_bits) - 1),
-                    Codes{inv, zero_point, low, high, offset}, floating != 0};
+  const Attention a{heads, tokens, head_dim, padded, unit, log2 != 0, Codes{inv, zero_point, low, high, offset}, floating != 0};
   const int64_t width = heads * head_dim;
 #pragma omp parallel num_threads(threads)
   {

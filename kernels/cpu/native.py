@@ -41,7 +41,7 @@ SIGNATURES = {
     "lampq_quantize": [_ptr, _ptr, _i64, *_CODES, _int],
     "lampq_layernorm_quantize": [_ptr, _ptr, _ptr, _ptr, _i64, _i64, _float, *_CODES, _int],
     "lampq_split_heads": [_ptr] * 4 + [_i64] * 5 + [_int] * 5,
-    "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_int, *_CODES, _int, _int],
+    "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_float, _int, *_CODES, _int, _int],
 }
 
 
@@ -193,18 +193,20 @@ def attention(
     logit_scale: Tensor,
     v_scale: Tensor,
     p_bits: int,
+    p_scheme: str,
     out_inv_scale: float,
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """See `reference.attention`; all contiguous, head_dim a multiple of 4, `dtype` fp32 for a floating-point result."""
+    unit, log2 = reference.softmax_unit(p_bits, p_scheme), int(p_scheme == "log2")
     batch, heads, tokens, head_dim = q.shape
     out = torch.empty((batch, tokens, heads * head_dim), dtype=dtype)
     floating = out_bits == reference.FLOAT_BITS
     codes = _codes(out_inv_scale, out_zero_point, 8 if floating else out_bits, dtype)
     lib.lampq_attention(
         _at(q), _at(k), _at(v), _at(logit_scale), _at(v_scale), _at(out), batch, heads, tokens, head_dim, v.shape[-1],
-        p_bits, *codes, int(floating), torch.get_num_threads(),
+        unit, log2, *codes, int(floating), torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -139,10 +139,17 @@ def column_tiles(tokens: int) -> tuple[int, int, int]:
     return best
 
 
-def attention_config(tokens: int, head_dim: int) -> AttentionConfig:
-    """On chip up to 256 tokens; 64 rows a program keep the logits within a thread's registers."""
+def attention_config(tokens: int, head_dim: int, p_scheme: str = "rowmax") -> AttentionConfig:
+    """On chip up to 256 tokens; 64 rows a program keep the logits within a thread's registers.
+
+    With fp16 weights of P ("log2") beside them, one tile of 256 columns needs twice as many threads, or two passes
+    where heads are wide.
+    """
     if tokens <= MAX_TOKENS_ON_CHIP:
-        return AttentionConfig(64, column_tiles(tokens), True, 4)
+        tiles = column_tiles(tokens)
+        crowded = p_scheme == "log2" and tiles[0] == 256
+        if not crowded or head_dim <= 96:
+            return AttentionConfig(64, tiles, True, 8 if crowded else 4)
     return AttentionConfig(64, (LONG_TILE, 0, 0), False, 4 if head_dim <= 64 else 8)
 
 

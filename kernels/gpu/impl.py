@@ -297,19 +297,21 @@ def attention(
     logit_scale: Tensor,
     v_scale: Tensor,
     p_bits: int,
+    p_scheme: str,
     out_inv_scale: float,
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """See `reference.attention`."""
+    unit = reference.softmax_unit(p_bits, p_scheme)
     batch, heads, tokens, head_dim = q.shape
     out = _empty(q, (batch, tokens, heads * head_dim), dtype)
-    config = configs.attention_config(tokens, head_dim)
+    config = configs.attention_config(tokens, head_dim, p_scheme)
     floating = out_bits == reference.FLOAT_BITS
     attention_kernel[(triton.cdiv(tokens, config.block_m), batch * heads)](
         q, k, v, logit_scale, v_scale, _bytes(out), tokens, v.shape[-1], out_inv_scale, float(out_zero_point),
-        heads, head_dim, p_bits, *(FULL if floating else reference.code_range(out_bits)),
+        heads, head_dim, p_bits, unit, p_scheme == "log2", *(FULL if floating else reference.code_range(out_bits)),
         floating, dtype == reference.INT4, _of(q)[2],
         config.block_m, max(32, triton.next_power_of_2(head_dim)), *config.tiles, config.on_chip,
         num_warps=config.warps, num_stages=config.stages,

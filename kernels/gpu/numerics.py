@@ -49,6 +49,44 @@ def round_int8(scaled, LOW: tl.constexpr, HIGH: tl.constexpr, PTX: tl.constexpr)
 
 
 @triton.jit
+def powers_fp16(logarithm, BITS: tl.constexpr):
+    """2^(2^BITS - 1 - rne(-logarithm)) as fp16, 0 where rne gives 2^BITS or more; logarithm fp32 <= 0, BITS <= 4.
+
+    No exponential: the rounded sum's low bits are the exponent field (bias 15) of a normal number.
+    """
+    last: tl.constexpr = 2**BITS - 1
+    # last + 15 is even, so that adding it together with MAGIC still rounds halves to even.
+    field = (tl.maximum(logarithm, -(last + 1.0)) + (MAGIC + (last + 15.0))).to(tl.int32, bitcast=True)
+    bits = tl.where(logarithm > -(last + 0.5), field << 10, 0).to(tl.int16)
+    return bits.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def int8_to_fp16(codes, PTX: tl.constexpr):
+    """int8 as fp16, exactly. The PTX form puts code + 128 into the low mantissa bits of 1024 and takes 1152 off."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, bias;
+            mov.b32 bias, 0x64806480;
+            xor.b32 t, $2, 0x80808080;
+            prmt.b32 $0, t, 0x64646464, 0x4140;
+            prmt.b32 $1, t, 0x64646464, 0x4342;
+            sub.rn.f16x2 $0, $0, bias;
+            sub.rn.f16x2 $1, $1, bias;
+            }
+            """,
+            "=&r,=&r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    return codes.to(tl.float16)
+
+
+@triton.jit
 def gelu(x, FAST: tl.constexpr):
     """GELU of fp32 x: the erf form, or a tanh form on pairs of fp16 that moves a code by at most one (rule 6)."""
     if FAST:

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lampq_rt.kernels import reference
 from lampq_rt.kernels.gpu import attention, configs, layernorm, linear, rows
 
 POINTERS = {
@@ -36,6 +37,7 @@ class Compiled:
     Attributes:
         wgmma: `wgmma …s32.s8.s8` instructions (Hopper).
         mma: `mma.sync …s8` instructions.
+        wgmma_fp16, mma_fp16: the same of fp16 operands with fp32 sums.
         byte_accesses: loads and stores of single bytes, global or shared.
         load_bytes, store_bytes: widths of the global accesses, in bytes.
         spills: local-memory instructions in SASS.
@@ -46,6 +48,8 @@ class Compiled:
 
     wgmma: int
     mma: int
+    wgmma_fp16: int
+    mma_fp16: int
     byte_accesses: int
     load_bytes: tuple[int, ...]
     store_bytes: tuple[int, ...]
@@ -97,6 +101,8 @@ def _read(ptx: str, sass: str, shared_bytes: int) -> Compiled:
     return Compiled(
         wgmma=len(re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8", ptx)),
         mma=len(re.findall(r"mma\.sync\S*\.s8\.s8", ptx)),
+        wgmma_fp16=len(re.findall(r"wgmma\.mma_async\S*\.f32\.f16\.f16", ptx)),
+        mma_fp16=len(re.findall(r"mma\.sync\S*\.f32\.f16\.f16\.f32", ptx)),
         byte_accesses=len(re.findall(r"\b(?:ld|st)\.(?:global|shared)(?:(?!\.v\d)\S)*\.[bus]8\b", ptx)),
         load_bytes=_widths(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx) + _copies(ptx),
         store_bytes=_widths(r"st\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx),
@@ -142,12 +148,15 @@ def compile_linear(
     return compile_kernel(linear.linear_kernel, constants, pointers, arch, config.warps, config.stages)
 
 
-def compile_attention(arch: int, tokens: int, head_dim: int = 64, *, p_bits: int = 8, packed: bool = False) -> Compiled:
+def compile_attention(
+    arch: int, tokens: int, head_dim: int = 64, *, p_bits: int = 8, p_scheme: str = "rowmax", packed: bool = False
+) -> Compiled:
     """`attention_kernel` as the launcher configures it."""
-    config = configs.attention_config(tokens, head_dim)
+    config = configs.attention_config(tokens, head_dim, p_scheme)
     low, high = (-8, 7) if packed else (-128, 127)
     constants = {
-        "HEADS": 12, "HEAD_DIM": head_dim, "P_BITS": p_bits, "LOW": low, "HIGH": high, "FLOAT_OUT": False,
+        "HEADS": 12, "HEAD_DIM": head_dim, "P_BITS": p_bits, "UNIT": reference.softmax_unit(p_bits, p_scheme),
+        "LOG2": p_scheme == "log2", "LOW": low, "HIGH": high, "FLOAT_OUT": False,
         "OUT_PACKED": packed, "PTX": True, "BLOCK_M": config.block_m,
         "BLOCK_D": max(32, triton.next_power_of_2(head_dim)), "ON_CHIP": config.on_chip,
         **{f"TILE_{i}": width for i, width in enumerate(config.tiles)},
