@@ -104,6 +104,7 @@ def test_split_k_gives_the_exact_sum_and_cleans_up() -> None:
         torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("poisoned_heads")
 @pytest.mark.parametrize("case", [(2, 197, 2, 64), (1, 198, 1, 32), (2, 49, 2, 48), (2, 5, 1, 80), (1, 17, 3, 64)])
 @pytest.mark.parametrize("bits", [(8, 8), (4, 6)])
 def test_linear_qkv(case: tuple[int, ...], bits: tuple[int, int]) -> None:
@@ -116,6 +117,46 @@ def test_linear_qkv(case: tuple[int, ...], bits: tuple[int, int]) -> None:
     args = (x_q, w_q, scale, reference.column_constant(w_q, 9), torch.randn(3 * width), heads, steps, *bits)
     for came, wanted in zip(TRITON.linear_qkv(*args), reference.linear_qkv(*args), strict=True):
         assert_codes(came, wanted)
+
+
+@pytest.fixture
+def poisoned_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v full of garbage before the kernels write them, the padding of v included."""
+    from lampq_rt.kernels.gpu import impl
+
+    empty = impl._empty_heads
+    monkeypatch.setattr(impl, "_empty_heads", lambda *args: tuple(t.fill_(85) for t in empty(*args)))
+
+
+@pytest.mark.usefixtures("poisoned_heads")
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"), [(197, 64), (198, 32), (49, 48), (49, 80), (5, 72), (1, 64), (16, 128)]
+)
+@pytest.mark.parametrize("affine", ["none", "plain", "weight", "both"])
+def test_heads_quantize(tokens: int, head_dim: int, affine: str) -> None:
+    batch, heads = 2, 3
+    torch.manual_seed(1)
+    qkv = torch.randn(batch, tokens, 3 * heads * head_dim) * 3 + 0.5
+    norms = [torch.randn(head_dim) for _ in range(4)] if affine == "both" else [None] * 4
+    if affine == "weight":
+        norms[::2] = torch.randn(head_dim), torch.randn(head_dim)
+    steps = (torch.rand(3 * heads) * 20 + 20).repeat_interleave(head_dim)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for bits in ((8, 8), (4, 6)):
+            args = (qkv.to(dtype), affine != "none", *norms, 1e-5, heads, steps, *bits)
+            for came, wanted in zip(TRITON.heads_quantize(*args), reference.heads_quantize(*args), strict=True):
+                assert_codes(came, wanted, 0.0 if affine == "none" else 1e-3)
+
+
+@pytest.mark.usefixtures("poisoned_heads")
+def test_heads_quantize_rounds_ties_to_even_and_saturates() -> None:
+    values = torch.cat(
+        [torch.arange(-140, 140) + 0.5, torch.tensor([127.6, -128.5, 1e30, -1e30, 127.49999, 0.49999997])]
+    )
+    qkv = values.repeat(8)[: 11 * 3 * 64].view(1, 11, 192)
+    args = (qkv, False, None, None, None, None, 0.0, 2, torch.ones(192), 8, 8)
+    for came, wanted in zip(TRITON.heads_quantize(*args), reference.heads_quantize(*args), strict=True):
+        assert torch.equal(came, wanted)
 
 
 @pytest.mark.parametrize("tokens", [1, 49, 197, 198, 256, 300])

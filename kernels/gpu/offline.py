@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lampq_rt.kernels.gpu import attention, configs, layernorm, linear
+from lampq_rt.kernels.gpu import attention, configs, heads, layernorm, linear
 
 POINTERS = {
     "scale_ptr": "*fp32", "column_ptr": "*i32", "bias_ptr": "*fp32", "step_ptr": "*fp32", "partial_ptr": "*i32",
@@ -153,6 +153,18 @@ def compile_attention(arch: int, tokens: int, head_dim: int = 64, *, p_bits: int
         **{f"TILE_{i}": width for i, width in enumerate(config.tiles)},
     }  # fmt: skip
     return compile_kernel(attention.attention_kernel, constants, {}, arch, config.warps, config.stages)
+
+
+def compile_heads(arch: int, head_dim: int, *, norm: bool = True, x: str = "*fp16") -> Compiled:
+    """`heads_kernel` as the launcher configures it; `x` is the element type of qkv."""
+    block_m, block_d = configs.heads_blocks(head_dim)
+    constants = {
+        "NORM": norm, "HAS_WEIGHT": norm, "HAS_BIAS": norm, "LOW": -128, "HIGH": 127, "V_LOW": -128, "V_HIGH": 127,
+        "HEADS": 12, "HEAD_DIM": head_dim, "PTX": True, "BLOCK_M": block_m, "BLOCK_D": block_d,
+    }  # fmt: skip
+    names = ("q_weight_ptr", "q_bias_ptr", "k_weight_ptr", "k_bias_ptr")
+    pointers = {"qkv_ptr": x, **dict.fromkeys(names, "*fp32")}
+    return compile_kernel(heads.heads_kernel, constants, pointers, arch, 4, 1)
 
 
 def compile_layernorm(arch: int, width: int, *, x: str = "*fp16", packed: bool = False) -> Compiled:
