@@ -17,6 +17,7 @@ from torch import Tensor
 import lampq_rt
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.ops import TRITON
+from lampq_rt.standin import stand_in_plan
 from tests.plans import range_plan, tiny_vit
 
 pytestmark = [
@@ -177,11 +178,14 @@ def test_attention(tokens: int, head_dim: int) -> None:
     assert (came - wanted).pow(2).mean().sqrt() <= 1e-4 * wanted.pow(2).mean().sqrt()
 
 
-@pytest.mark.parametrize("bits", [8, 4, {"default": 8, "fc1": 4, "fc2": 3, "proj": 16}])
-def test_a_whole_model_runs_on_the_triton_path(bits: dict[str, int] | int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "input_bits"),
+    [(8, None), (4, None), ({"default": 8, "fc1": 4, "fc2": 3, "proj": 16}, None), ({"default": 5, "qkv": 4}, 4)],
+)
+def test_a_whole_model_runs_on_the_triton_path(bits: dict[str, int] | int, input_bits: int | None) -> None:
     model = tiny_vit(init_values=0.5)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    plan = range_plan(model, images, bits)
+    plan = stand_in_plan(model, images, bits, input_bits=input_bits)
     with torch.inference_mode():
         wanted = lampq_rt.compile(model, plan, backend="reference")(images)
         came = lampq_rt.compile(model, plan, backend="triton")(images)
