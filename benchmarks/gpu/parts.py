@@ -14,8 +14,10 @@ import typer
 
 import lampq_rt
 from benchmarks.gpu.models import timing_plan
+from lampq_rt import tuning
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.gpu import impl, tables, tune
+from lampq_rt.kernels.gpu.work import LinearWork
 from lampq_rt.kernels.ops import NATIVE, SCHEMAS
 
 Facts = dict[str, Any]
@@ -80,12 +82,12 @@ def gemm(_: list[str], __: Path, ___: Path | None) -> Facts:
     ):  # fmt: skip
         m = 64 * 197
         for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
-            key, config, ms = tune.tune_linear(
-                epilogue, m, n, k, a_bits=a_bits, w_bits=w_bits, gelu=gelu, heads=12, tokens=197
-            )
-            rows.append({"key": key, "ms": ms, "tops": 2 * m * n * k / ms / 1e9, "config": config.to_json()})
-    best = max(rows, key=lambda r: r["tops"])
-    return {"rows": rows, "summary": f"best {best['tops']:.0f} TOP/s ({best['key']})"}
+            work = LinearWork(epilogue, m, n, k, a_bits, w_bits, gelu=gelu, heads=12, tokens=197)
+            best = tune.tune_linear(work)
+            row = {"key": work.key, "ms": best.ms, "rule_ms": best.rule_ms, "config": best.config.to_json()}
+            rows.append({**row, "tops": work.operations / best.ms / 1e9})
+    top = max(rows, key=lambda r: r["tops"])
+    return {"rows": rows, "summary": f"best {top['tops']:.0f} TOP/s ({top['key']})"}
 
 
 def attention(_: list[str], __: Path, ___: Path | None) -> Facts:
@@ -102,27 +104,19 @@ def attention(_: list[str], __: Path, ___: Path | None) -> Facts:
 
 
 def tune_model(args: list[str], out: Path, _: Path | None) -> Facts:
-    """Tune the linears of one model at one batch; the table is written to `out`."""
+    """Tune the linears of one model at one batch, for the user's table; a copy of it is written to `out`."""
     import timm
 
     name, batch = args[0], int(args[1])
     with torch.device("meta"):
         model = timm.create_model(name)
-    d, heads = model.embed_dim, model.blocks[0].attn.num_heads
-    hidden, tokens = model.blocks[0].mlp.fc1.out_features, model.pos_embed.shape[1]
-    m, found = batch * tokens, {}
-    for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
-        shared = {"a_bits": a_bits, "w_bits": w_bits}
-        for work in (
-            {"epilogue": "heads", "n": 3 * d, "k": d, "heads": heads, "tokens": tokens},
-            {"epilogue": "residual", "n": d, "k": d}, {"epilogue": "residual", "n": d, "k": hidden},
-            {"epilogue": "requant", "n": hidden, "k": d, "gelu": True, "out_bits": a_bits},
-        ):  # fmt: skip
-            key, config, _ms = tune.tune_linear(m=m, **shared, **work)
-            found[key] = config
-    arch = impl._device(0)[0]
-    tables.save(arch, found, out / f"{arch}.json")
-    tables.save(arch, found)
+    arch = tuning.gpu_architecture()
+    works = tuning.launches(model, (3, *model.patch_embed.img_size), [batch])
+    found = {}
+    for work, tuned in tune.tune_all(works, arch):
+        if tuned is not None:
+            found[work.key] = tuned.config
+        tables.save(arch, tables.read(tables.user_table(arch)), out / f"{arch}.json")
     return {"entries": {k: c.to_json() for k, c in found.items()}, "summary": f"{len(found)} shapes tuned for {arch}"}
 
 

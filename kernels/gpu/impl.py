@@ -36,6 +36,11 @@ def _device(index: int | None) -> tuple[str, int, bool]:
     return f"sm{properties.major}{properties.minor}", properties.multi_processor_count, nvidia
 
 
+def architecture(index: int) -> str:
+    """Of the GPU with that index, as tables are named: "sm90"."""
+    return _device(index)[0]
+
+
 def _of(x: Tensor) -> tuple[str, int, bool]:
     return _device(x.device.index if x.is_cuda else None)
 
