@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lampq_rt import backends
 from lampq_rt.errors import BackendError, FormatError
 from lampq_rt.plan import SiteParams
+from lampq_rt.runner import BUCKETS, l2_bytes, micro_batch_for
 from lampq_rt.sites import Site
 
 if TYPE_CHECKING:
@@ -74,16 +75,27 @@ def launches(
     from lampq_rt.adapters import adapter_for
 
     adapter = adapter_for(model)
-    sites = adapter.describe(model).sites
+    description = adapter.describe(model)
+    sites = description.sites
+    sizes = {size for batch in batches for size in _kernel_batches(batch, description.image_bytes)}
     blank = copy.deepcopy(model).to("meta")
     found: dict[str, LinearWork] = {}
     for name in formats:
         chosen = {site.name: _stand_in(site, *FORMATS[name]) for site in sites}
         integer = adapter.integer(blank, chosen, "native")
-        for batch in batches:
-            for work in recorded(integer, torch.empty((batch, *input_size), device="meta")):
+        for size in sorted(sizes):
+            for work in recorded(integer, torch.empty((size, *input_size), device="meta")):
                 found.setdefault(work.key, work)
     return sorted(found.values(), key=lambda work: -work.operations)
+
+
+def _kernel_batches(batch: int, image_bytes: int) -> set[int]:
+    """Images that a kernel sees at once when `batch` come: whole buckets, or the GPU's micro-batches."""
+    micro_batch = micro_batch_for(image_bytes, l2_bytes())
+    largest = BUCKETS[-1]
+    parts = {largest} if batch > largest else set()
+    parts |= {next(b for b in BUCKETS if b >= batch % largest)} if batch % largest else {min(batch, largest)}
+    return {min(part, micro_batch or part) for part in parts}
 
 
 def recorded(function: Callable[[Tensor], Any], images: Tensor) -> list[LinearWork]:

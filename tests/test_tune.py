@@ -109,6 +109,15 @@ def test_a_recorder_reads_calls_of_the_real_ops() -> None:
     assert recorder.works.keys() == {w.key for w in tuning.launches(model, SIZE, [2], ["w8a8"])}
 
 
+def test_launches_are_those_of_buckets_and_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches(batch: int) -> set[int]:
+        return {w.m for w in tuning.launches(meta_vit(), SIZE, [batch], ["w8a8"]) if w.n == 10}
+
+    assert [batches(b) for b in (1, 3, 64, 256, 257, 512)] == [{1}, {4}, {64}, {256}, {1, 256}, {256}]
+    monkeypatch.setattr(tuning, "l2_bytes", lambda: int(64 * 17 * 5 * 64 / 0.6) + 1)
+    assert [batches(b) for b in (3, 64, 200, 512)] == [{4}, {64}, {64}, {64}]
+
+
 def test_candidates_hold_and_fit() -> None:
     found = list(tune.candidates(12608, 3072, 768, "sm90", 132, 8, 8))
     assert len(found) >= 8 and all(configs.feasible(c, "sm90") and c.split_k == 1 for c in found)

@@ -136,7 +136,10 @@ def model_speed(args: list[str], _: Path, __: Path | None) -> Facts:
             fast = lampq_rt.compile(model, timing_plan(model, bits, input_bits), device="cuda")
             fast(images)
             row = {**bench(lambda fast=fast: fast(images)), "weight_bytes": fast.weight_bytes}
-            rows[label] = {**row, "peak_bytes": torch.cuda.max_memory_allocated()}
+            row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "graph_bytes": fast.graph_memory_bytes}
+            rows[label] = row
+            if label == "w8a8":
+                rows |= micro_batches(fast, images)
             del fast
         half = model.cuda().bfloat16()
         compiled = torch.compile(half, mode=compile_mode)
@@ -146,6 +149,17 @@ def model_speed(args: list[str], _: Path, __: Path | None) -> Facts:
     ratio = rows["bf16-compile"]["median"] / rows["w8a8"]["median"]
     summary = f"W8A8 {rows['w8a8']['median']:.3f} ms, {ratio:.2f} x torch.compile bf16 ({mode})"
     return {"rows": rows, "images_per_s": batch / rows["w8a8"]["median"] * 1e3, "ratio": ratio, "summary": summary}
+
+
+def micro_batches(fast: Any, images: torch.Tensor) -> Facts:
+    """The same model whole and in micro-batches, to check the rule by which it chooses."""
+    rows = {}
+    for size in (None, 32, 64, 128):
+        if size is None or size < len(images):
+            fast.micro_batch = size
+            fast(images)
+            rows[f"w8a8 {'whole' if size is None else f'micro-batch {size}'}"] = bench(lambda: fast(images))
+    return rows
 
 
 def peers(args: list[str], _: Path, __: Path | None) -> Facts:
