@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 import lampq_rt
+from lampq_rt.adapters import describe
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.ops import TRITON
+from lampq_rt.modules_float import Stream
+from lampq_rt.modules_vit import integer_vit
 from lampq_rt.standin import stand_in_plan
 from tests.plans import range_plan, tiny_vit
 
@@ -191,6 +194,23 @@ def test_a_whole_model_runs_on_the_triton_path(bits: dict[str, int] | int, input
         came = lampq_rt.compile(model, plan, backend="triton")(images)
         original = model(images)
     noise = (wanted - original).pow(2).mean().sqrt()
+    assert (came - wanted).pow(2).mean().sqrt() <= 0.5 * noise
+
+
+@pytest.mark.parametrize(
+    "bits", [8, {"default": 8, "qkv": 16, "fc2": 16}, {"default": 8, "qk": 16, "pv": 16, "proj": 16}]
+)
+def test_a_whole_model_with_a_half_precision_stream(bits: dict[str, int] | int) -> None:
+    half = Stream(torch.float16, torch.float16)
+    model = tiny_vit(init_values=0.5, qk_norm=True)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    plan = range_plan(model, images, bits)
+    with torch.inference_mode():
+        wanted, came = (
+            integer_vit(model, describe(model), plan.sites, backend, half)(images)
+            for backend in ("reference", "triton")
+        )
+        noise = (wanted - model(images)).pow(2).mean().sqrt()
     assert (came - wanted).pow(2).mean().sqrt() <= 0.5 * noise
 
 
