@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 import lampq_rt
 from lampq_rt.adapters import describe
 from lampq_rt.kernels import reference
+from lampq_rt.kernels.gpu.work import LinearWork
 from lampq_rt.kernels.ops import TRITON
 from lampq_rt.modules_float import Stream
 from lampq_rt.modules_vit import integer_vit
@@ -106,6 +108,35 @@ def test_split_k_gives_the_exact_sum_and_cleans_up() -> None:
         out = torch.full((1, 70, 192), float("nan"))
         impl._launch_linear(FLOAT, *case, out, config=LinearConfig(64, 64, 128, split_k=split, warps=4))
         torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        LinearWork("heads", 34, 192, 64, heads=2, tokens=17),
+        LinearWork("requant", 34, 256, 64, 4, 4, 4, gelu=True),
+        LinearWork("residual", 34, 64, 1024, 8, 4),
+        LinearWork("float", 2, 10, 64, gelu=True, out_dtype=torch.float32),
+    ],
+    ids=lambda work: work.epilogue,
+)
+def test_the_tuner_launches_every_candidate(work: LinearWork, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lampq_rt.kernels.gpu import tune
+
+    times = iter([3.0, 2.0, 1.0])
+
+    def bench(launch: Callable[[], None], **options: object) -> float:
+        launch()
+        time = next(times, None)
+        if time is None:
+            raise RuntimeError("out of registers")
+        return time
+
+    monkeypatch.setattr(tune.triton.testing, "do_bench", bench)
+    found = tune.tune_linear(work, "cpu")
+    assert (found.ms, found.rule_ms) == (1.0, 3.0)
+    with pytest.raises(RuntimeError, match=f"no configuration of {work.key} runs"):
+        tune.tune_linear(work, "cpu")
 
 
 @pytest.mark.usefixtures("poisoned_heads")

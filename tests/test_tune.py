@@ -73,6 +73,7 @@ def test_launches_are_those_of_the_whole_model() -> None:
         ("residual", 34, 64, 256, False),
         ("float", 2, 10, 64, False),  # head
     }
+    assert all(w.out_dtype == torch.float16 for w in works if w.epilogue == "residual")
     heads = next(w for w in works if w.epilogue == "heads")
     assert (heads.heads, heads.tokens) == (2, 17)
 
@@ -166,6 +167,22 @@ def test_missing_launches_are_tuned_once(timer: Timer) -> None:
     assert len(timer.asked) == 6
     tuning.tune_missing(fast, images.repeat(4, 1, 1, 1))
     assert len(timer.asked) == 12
+
+
+def test_a_compiled_model_tunes_before_a_capture_if_asked(timer: Timer) -> None:
+    from lampq_rt import compile as compile_plan
+    from tests.plans import range_plan
+    from tests.test_runner import FakeCapture
+
+    model, images = tiny_vit(), torch.randn(3, *SIZE)
+    for tuned in (False, True):
+        fast = compile_plan(model, range_plan(model, images), tune=tuned)
+        runner = fast._new_runner(images.device)
+        runner._capture = FakeCapture()
+        torch.testing.assert_close(runner(images), fast(images))
+        asked = {int(key.split()[2][1:]) for key in timer.asked}
+        assert asked == ({4, 64, 128} if tuned else set()), "rows of 4 images: head, patches, tokens"
+        assert runner.micro_batch is None
 
 
 def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

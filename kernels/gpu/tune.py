@@ -48,13 +48,17 @@ class Tuned:
     rule_ms: float | None
 
 
-def tune_linear(work: LinearWork) -> Tuned:
+def tune_linear(work: LinearWork, device: str = "cuda") -> Tuned:
     """Time every candidate on random data (zeros would draw less power).
+
+    Args:
+        work: the launch.
+        device: "cuda"; "cpu" in Triton's interpreter.
 
     Raises:
         RuntimeError: no candidate runs on this GPU.
     """
-    case = _case(work)
+    case = _case(work, device)
     options = _options(work, case)
     arch, processors, _ = impl._of(case["x_q"])
     shape = (work.m, work.n, work.k)
@@ -106,32 +110,32 @@ def tune_all(
         yield work, found
 
 
-def _case(work: LinearWork) -> dict[str, Tensor]:
-    """Random operands on the GPU."""
+def _case(work: LinearWork, device: str) -> dict[str, Tensor]:
+    """Random operands."""
     m, n, k, heads, tokens = work.m, work.n, work.k, work.heads, work.tokens
     low, high = reference.code_range(work.a_bits)
-    x_q = torch.randint(low, high + 1, (m, k), dtype=torch.int8, device="cuda")
+    x_q = torch.randint(low, high + 1, (m, k), dtype=torch.int8, device=device)
     low, high = reference.code_range(work.w_bits, weight=True)
-    w_q = torch.randint(low, high + 1, (n, k), dtype=torch.int8, device="cuda")
+    w_q = torch.randint(low, high + 1, (n, k), dtype=torch.int8, device=device)
     case = {
         "x_q": reference.pack_int4(x_q) if work.a_bits <= 4 else x_q,
         "w_q": reference.pack_int4(w_q) if work.w_bits <= 4 else w_q,
-        "scale": torch.rand(n, device="cuda") / (math.sqrt(k) * 2 ** (work.a_bits + work.w_bits - 6)),
+        "scale": torch.rand(n, device=device) / (math.sqrt(k) * 2 ** (work.a_bits + work.w_bits - 6)),
         "column": reference.column_constant(w_q, 3),
-        "bias": torch.randn(n, device="cuda"),
+        "bias": torch.randn(n, device=device),
     }
     if work.epilogue == "heads":
         images, head_dim = m // tokens, n // (3 * heads)
-        case["out"] = torch.empty((images, heads, tokens, head_dim), dtype=torch.int8, device="cuda")
+        case["out"] = torch.empty((images, heads, tokens, head_dim), dtype=torch.int8, device=device)
         case["k"] = torch.empty_like(case["out"])
         padded = reference.padded_tokens(tokens)
-        case["v"] = torch.empty((images, heads, head_dim, padded), dtype=torch.int8, device="cuda")
-        case["step"] = torch.full((n,), 20.0, device="cuda")
+        case["v"] = torch.empty((images, heads, head_dim, padded), dtype=torch.int8, device=device)
+        case["step"] = torch.full((n,), 20.0, device=device)
     elif work.epilogue == "requant":
         shape = (m, n // 2) if work.out_bits <= 4 else (m, n)
-        case["out"] = torch.empty(shape, dtype=torch.uint8 if work.out_bits <= 4 else torch.int8, device="cuda")
+        case["out"] = torch.empty(shape, dtype=torch.uint8 if work.out_bits <= 4 else torch.int8, device=device)
     else:
-        case["out"] = torch.zeros((m, n), dtype=work.out_dtype, device="cuda")
+        case["out"] = torch.zeros((m, n), dtype=work.out_dtype, device=device)
     return case
 
 
