@@ -94,8 +94,8 @@ def padded_tokens(tokens: int) -> int:
 
 
 def quantize(x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
-    """Codes of fp32 `x`, same shape (rule 1)."""
-    return store_codes(round_codes(x, inv_scale, zero_point, *code_range(bits)), dtype)
+    """Codes of floating-point `x`, same shape; computed in fp32 (rule 1)."""
+    return store_codes(round_codes(x.float(), inv_scale, zero_point, *code_range(bits)), dtype)
 
 
 def layernorm_quantize(

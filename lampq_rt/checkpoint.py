@@ -94,11 +94,13 @@ class _Blank:
         module: the skeleton with integer modules in place of its sites.
         linears: site by the name of its integer linear in `module`.
         weights: shape [N, K] of the codes, by the same name.
+        image_bytes: see `Description`.
     """
 
     module: nn.Module
     linears: Mapping[str, str]
     weights: Mapping[str, tuple[int, int]]
+    image_bytes: int
 
 
 def _blank(architecture: Mapping[str, Any], plan: Plan) -> _Blank:
@@ -120,6 +122,7 @@ def _blank(architecture: Mapping[str, Any], plan: Plan) -> _Blank:
         module,
         {name: site.name for name, site in pairs.items()},
         {name: (site.out_features, site.in_features) for name, site in pairs.items()},
+        description.image_bytes,
     )
 
 
@@ -252,7 +255,7 @@ def _filled(content: Mapping[str, Any], tensors: Mapping[str, Tensor], target: t
     plan = plan.with_sites(_with_codes(content["codes_of_plan"], codes, blank, plan))
     blank.module.load_state_dict(_state(groups[STATE], _derived(blank, codes, plan), blank), assign=True)
     fallbacks = backends.fallbacks(plan.sites, target)
-    compiled = CompiledModel(blank.module, plan, dict(content["architecture"]), fallbacks)
+    compiled = CompiledModel(blank.module, plan, dict(content["architecture"]), fallbacks, blank.image_bytes)
     return compiled.to(target).eval().requires_grad_(False)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STDOUT = "-"
+T = TypeVar("T")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm name, for example deit_tiny_patch16_224.")]
 Weights = Annotated[
@@ -106,14 +107,21 @@ class Output:
 
     def track(self, batches: Iterable[Tensor], images: int, text: str) -> Iterator[Tensor]:
         """A progress bar on standard error that counts images."""
+        return self._counted(batches, images, text, len)
+
+    def steps(self, steps: Iterable[T], count: int, text: str) -> Iterator[T]:
+        """A progress bar on standard error that counts steps."""
+        return self._counted(steps, count, text, lambda step: 1)
+
+    def _counted(self, items: Iterable[T], total: int, text: str, size: Callable[[Any], int]) -> Iterator[T]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.aside, transient=True) as bar:
-            task = bar.add_task(text, total=images)
-            for batch in batches:
-                yield batch
-                bar.advance(task, len(batch))
+            task = bar.add_task(text, total=total)
+            for item in items:
+                yield item
+                bar.advance(task, size(item))
 
 
 def check_destination(path: Path, what: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lampq_rt import backends
 from lampq_rt.errors import PlanError
 from lampq_rt.plan import Plan
-from lampq_rt.runner import GraphRunner
+from lampq_rt.runner import GraphRunner, l2_bytes, micro_batch_for
 from lampq_rt.sites import Description
 
 BACKENDS = ("native", "reference", "triton")
@@ -29,19 +30,31 @@ class CompiledModel(nn.Module):
         plan: the plan it was compiled from.
         architecture: JSON-able arguments that rebuild the skeleton without the original weights.
         use_graphs: False calls the kernels one by one on a GPU, too.
+        tune: True tunes linears that no table knows before a batch size's graph is captured (see `compile`).
+        image_bytes: input and output of the widest linear for one image, from which `micro_batch` is derived.
         fallbacks: what runs in floating point although the plan says integer, by site, with the reason.
     """
 
     model: Any
     plan_digest: Tensor
 
-    def __init__(self, model: nn.Module, plan: Plan, architecture: dict[str, Any], fallbacks: dict[str, str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        architecture: dict[str, Any],
+        fallbacks: dict[str, str],
+        image_bytes: int = 0,
+    ) -> None:
         super().__init__()
         self.model = model
         self.plan = plan
         self.architecture = architecture
         self.fallbacks = fallbacks
         self.use_graphs = True
+        self.tune = False
+        self.image_bytes = image_bytes
+        self._micro_batch: int | Literal["auto"] | None = "auto"
         self._runner: GraphRunner | None = None
         self.register_buffer("plan_digest", torch.tensor(list(bytes.fromhex(plan.digest)), dtype=torch.uint8))
 
@@ -53,9 +66,35 @@ class CompiledModel(nn.Module):
         if not images.is_cuda or not self.use_graphs or torch.compiler.is_compiling():
             return self.model(images)
         if self._runner is None:
-            self._runner = GraphRunner(self.model)
-        with torch.no_grad():
-            return self._runner(images)
+            self._runner = self._new_runner(images.device)
+        return self._runner(images)
+
+    def _new_runner(self, device: torch.device) -> GraphRunner:
+        from lampq_rt.tuning import tune_missing
+
+        micro_batch = self._micro_batch
+        if micro_batch == "auto":
+            micro_batch = micro_batch_for(self.image_bytes, l2_bytes(device))
+        prepare = partial(tune_missing, self.model) if self.tune else None
+        return GraphRunner(self.model, micro_batch=micro_batch, before_capture=prepare)
+
+    @property
+    def micro_batch(self) -> int | Literal["auto"] | None:
+        """Images that go through the kernels at once inside a CUDA graph; None: the whole batch.
+
+        "auto" (default) follows `runner.micro_batch_for`, a rule from the size of the L2 cache; still unmeasured.
+        Setting it drops the graphs captured so far.
+        """
+        return self._micro_batch
+
+    @micro_batch.setter
+    def micro_batch(self, value: int | Literal["auto"] | None) -> None:
+        self._micro_batch, self._runner = value, None
+
+    @property
+    def graph_memory_bytes(self) -> int:
+        """Bytes that the CUDA graphs captured so far hold: their shared memory pool and static inputs; 0 on a CPU."""
+        return 0 if self._runner is None else self._runner.memory_bytes
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies capture graphs of their own."""
@@ -175,7 +214,12 @@ def _check_tensors(name: str, out_features: int, in_features: int, heads: int, p
 
 
 def compile(  # noqa: A001
-    model: nn.Module, plan: Plan, device: str | torch.device | None = None, *, backend: str = "native"
+    model: nn.Module,
+    plan: Plan,
+    device: str | torch.device | None = None,
+    *,
+    backend: str = "native",
+    tune: bool = False,
 ) -> CompiledModel:
     """Swap every site of `model` for integer kernels as `plan` says. `model` itself is left as it is.
 
@@ -184,6 +228,8 @@ def compile(  # noqa: A001
         plan: from `lampq_rt.calibrate.make_plan`, or `Plan.load`.
         device: where the result lies, "cpu" (default) or "cuda".
         backend: "native", or "reference" for the slow truth.
+        tune: on a GPU, time the kernels of every linear that no tuning table knows, at the first call of a batch size
+            (a minute or so, once a machine: the user's table keeps the result). `lampq tune` does it beforehand.
 
     Raises:
         ModelError: the model is of no supported family.
@@ -195,8 +241,10 @@ def compile(  # noqa: A001
     if backend not in BACKENDS:
         raise backends.BackendError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
     target = backends.resolve(device)
-    check_plan(model, plan)
+    description = check_plan(model, plan)
     adapter = adapter_for(model)
     integer = adapter.integer(model, plan.sites, backend, plan.residual_dtype)
-    compiled = CompiledModel(integer, plan, adapter.architecture(model), backends.fallbacks(plan.sites, target))
+    left_out = backends.fallbacks(plan.sites, target)
+    compiled = CompiledModel(integer, plan, adapter.architecture(model), left_out, description.image_bytes)
+    compiled.tune = tune
     return compiled.to(target).eval().requires_grad_(False)

@@ -6,7 +6,7 @@ container codes of activations lie on a device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -102,18 +102,18 @@ class IntegerLinear(nn.Module):
             x, step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend)
         )
 
-    def to_codes(self, x_q: Tensor, out: Step, activation: str) -> Tensor:
-        """Codes [..., N] for the next op, or fp32 where `out` is floating point."""
+    def to_codes(self, x_q: Tensor, out: Step, activation: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Codes [..., N] for the next op, or `dtype` where `out` is floating point."""
         args = (x_q, self.w_q, self.scale, self.column, self.bias, activation)
         if out.bits == FLOAT_BITS:
-            return ops(self.backend).linear_float(*args, torch.float32)
+            return ops(self.backend).linear_float(*args, dtype)
         return ops(self.backend).linear_requant(
             *args, out.inv_scale, out.zero_point, out.bits, out.container(x_q, self.backend)
         )
 
-    def to_float(self, x_q: Tensor) -> Tensor:
-        """fp32 [..., N]."""
-        return self.to_codes(x_q, FLOAT_STEP, "none")
+    def to_float(self, x_q: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[..., N] in `dtype`."""
+        return self.to_codes(x_q, FLOAT_STEP, "none", dtype)
 
     def add_to(self, x: Tensor, x_q: Tensor) -> None:
         """x += the result, in place."""
@@ -201,9 +201,10 @@ class IntegerAttention(nn.Module):
             return ops(self.backend).heads_quantize(qkv, *norms, *tail)
         return ops(self.backend).heads_quantize(qkv, False, None, None, None, None, 0.0, *tail)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Step) -> Tensor:
-        """Codes (or fp32 where `out` is floating point) [B, N, H*d] for the output projection."""
-        dtype = torch.float32 if out.bits == FLOAT_BITS else out.container(q, self.backend)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Step, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Codes (or `dtype` where `out` is floating point) [B, N, H*d] for the output projection."""
+        if out.bits != FLOAT_BITS:
+            dtype = out.container(q, self.backend)
         p, tail = (self.p_bits, self.p_scheme), (out.inv_scale, out.zero_point, out.bits, dtype)
         return ops(self.backend).attention(q, k, v, self.logit_scale, self.v_scale, *p, *tail)
 
@@ -236,6 +237,8 @@ class IntegerPatchConv(nn.Module):
     def __init__(self, linear: IntegerLinear, patch: tuple[int, int]) -> None:
         super().__init__()
         self.linear, self.patch = linear, patch
+        # Codes are made before the patches are gathered: two of one byte would have to part.
+        linear.input = replace(linear.input, packs=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """fp32 [B, C, H, W] to fp32 [B, N, H/ph, W/pw]; a remainder of H or W is left out, as a convolution does."""

@@ -1,7 +1,8 @@
 """The transformer block on codes, and how a timm VisionTransformer is rebuilt from such blocks.
 
 Between two residual additions everything stays integer where the plan says so; a part that the plan leaves in
-floating point takes and gives floating point, and its neighbours quantise or dequantise inside their own ops.
+floating point takes and gives floating point, and its neighbours quantise or dequantise inside their own ops, in the
+precision of `modules_float.Stream`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -27,37 +28,22 @@ from lampq_rt.modules import (
     Step,
     softmax_attention,
 )
+from lampq_rt.modules_float import Advanced, Part, Stream
 from lampq_rt.plan import SiteParams
 from lampq_rt.sites import Description, Kind
 
-Advanced = tuple[Tensor, Tensor | None]
-"""The new residual stream, and what the follower's norm makes of it (None without a follower)."""
 
-
-class Part(Protocol):
-    """Half a block: x += f(norm(x)). The norm is run by whoever wrote x last, so that a kernel can do both."""
-
-    norm: nn.Module
-
-    def advance(self, x: Tensor, normed: Tensor, follower: nn.Module | None) -> Advanced:
-        """Add to the residual stream and normalise it for the next part.
-
-        Args:
-            x: floating point [B, N, D]; its memory may be overwritten.
-            normed: what `norm` made of x: codes, or fp32.
-            follower: the next part's norm, or None.
-        """
-        ...
-
-
-class AttentionPart(nn.Module):
+class AttentionPart(Part):
     """x += proj(attention(qkv(norm(x)))), each of the three integer or in floating point."""
 
     qkv: Any  # IntegerLinear or nn.Linear, as proj
     proj: Any
 
-    def __init__(self, block: Block, prefix: str, sites: Mapping[str, SiteParams], backend: str) -> None:
+    def __init__(
+        self, block: Block, prefix: str, sites: Mapping[str, SiteParams], backend: str, stream: Stream
+    ) -> None:
         super().__init__()
+        self.stream = stream
         attn = block.attn
         self.heads, self.head_dim = attn.num_heads, attn.head_dim
         qkv, proj = sites[f"{prefix}.attn.qkv"], sites[f"{prefix}.attn.proj"]
@@ -74,27 +60,39 @@ class AttentionPart(nn.Module):
         self.out_step = replace(out_step, packs=out_step.packs and self.head_dim % NIBBLE_GROUP == 0)
         self.plain = isinstance(self.qkv, IntegerLinear) and isinstance(self.q_norm, nn.Identity)
 
-    def advance(self, x: Tensor, normed: Tensor, follower: nn.Module | None) -> Advanced:
+    def islands(self) -> list[nn.Module]:
+        """See `Part`; norms of q and k that precede integer matmuls are part of an op, in fp32."""
+        norms = (self.q_norm, self.k_norm) if self.matmuls is None else ()
+        return _floating(self.norm, self.qkv, *norms, self.proj, self.scale)
+
+    def advance(self, x: Tensor, normed: Tensor, follower: Part | None) -> Advanced:
         """See `Part.advance`."""
         out = self._mixed_tokens(normed, self.out_step)
         return _add_linear(x, self.proj, self.scale, out, follower, out_is_float=self.matmuls is None)
 
     def _mixed_tokens(self, x: Tensor, out: Step) -> Tensor:
         """What enters the projection: codes in its format from integer matmuls, else floating point."""
+        dtype = self.island(x)
         if self.matmuls is not None and self.plain:
-            return self.matmuls(*self.matmuls.heads_from_codes(self.qkv, x), out)
-        qkv = self.qkv.to_float(x) if isinstance(self.qkv, IntegerLinear) else self.qkv(x)
+            return self.matmuls(*self.matmuls.heads_from_codes(self.qkv, x), out, dtype)
+        if not isinstance(self.qkv, IntegerLinear):
+            qkv = self.qkv(x)
+        else:  # codes of q, k and v are made from fp32: nothing is rounded between two steps (rule 1)
+            qkv = self.qkv.to_float(x, dtype if self.matmuls is None else torch.float32)
         if self.matmuls is not None:
-            return self.matmuls(*self.matmuls.heads_from_float(qkv, self.q_norm, self.k_norm), out)
+            return self.matmuls(*self.matmuls.heads_from_float(qkv, self.q_norm, self.k_norm), out, dtype)
         q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         return softmax_attention(self.q_norm(q), self.k_norm(k), v)
 
 
-class MlpPart(nn.Module):
+class MlpPart(Part):
     """x += fc2(act(fc1(norm(x)))), each linear integer or in floating point."""
 
-    def __init__(self, block: Block, prefix: str, sites: Mapping[str, SiteParams], backend: str) -> None:
+    def __init__(
+        self, block: Block, prefix: str, sites: Mapping[str, SiteParams], backend: str, stream: Stream
+    ) -> None:
         super().__init__()
+        self.stream = stream
         mlp = block.mlp
         self.fc1 = _linear(mlp.fc1, sites[f"{prefix}.mlp.fc1"], None, backend)
         self.fc2 = _linear(mlp.fc2, sites[f"{prefix}.mlp.fc2"], getattr(block.ls2, "gamma", None), backend)
@@ -103,27 +101,41 @@ class MlpPart(nn.Module):
         self.act = mlp.act
         self.fused = _is_gelu(mlp.act) and isinstance(self.fc1, IntegerLinear)
 
-    def advance(self, x: Tensor, normed: Tensor, follower: nn.Module | None) -> Advanced:
+    def advance(self, x: Tensor, normed: Tensor, follower: Part | None) -> Advanced:
         """See `Part.advance`."""
-        if isinstance(self.fc1, IntegerLinear) and self.fused:
+        dtype = self.island(x)
+        if not isinstance(self.fc1, IntegerLinear):
+            hidden = self.act(self.fc1(normed))
+        elif self.fused:
             step = self.fc2.input if isinstance(self.fc2, IntegerLinear) else FLOAT_STEP
-            hidden = self.fc1.to_codes(normed, step, "gelu")
+            hidden = self.fc1.to_codes(normed, step, "gelu", dtype)
             return _add_linear(x, self.fc2, self.scale, hidden, follower, out_is_float=False)
-        hidden = self.fc1.to_float(normed) if isinstance(self.fc1, IntegerLinear) else self.fc1(normed)
-        return _add_linear(x, self.fc2, self.scale, self.act(hidden), follower, out_is_float=True)
+        else:
+            if isinstance(self.fc2, IntegerLinear):
+                dtype = torch.float32  # nothing is rounded between two steps (rule 1)
+            hidden = self.act(self.fc1.to_float(normed, dtype))
+        return _add_linear(x, self.fc2, self.scale, hidden, follower, out_is_float=True)
+
+    def islands(self) -> list[nn.Module]:
+        """See `Part`."""
+        return _floating(self.norm, self.fc1, self.fc2, self.scale)
 
 
-class FloatPart(nn.Module):
+class FloatPart(Part):
     """x + scale(layer(norm(x))) as the original computes it, for a half that no site covers."""
 
-    def __init__(self, norm: nn.Module, layer: nn.Module, scale: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, layer: nn.Module, scale: nn.Module, stream: Stream) -> None:
         super().__init__()
-        self.norm, self.layer, self.scale = norm, layer, scale
+        self.norm, self.layer, self.scale, self.stream = norm, layer, scale, stream
 
-    def advance(self, x: Tensor, normed: Tensor, follower: nn.Module | None) -> Advanced:
+    def advance(self, x: Tensor, normed: Tensor, follower: Part | None) -> Advanced:
         """See `Part.advance`."""
         x = x + self.scale(self.layer(normed)).to(x.dtype)
-        return x, None if follower is None else _normed(follower, x)
+        return x, None if follower is None else follower.enter(x)
+
+    def islands(self) -> list[nn.Module]:
+        """See `Part`."""
+        return [self.norm, self.layer, self.scale]
 
 
 class IntegerBlock(nn.Module):
@@ -136,11 +148,12 @@ class IntegerBlock(nn.Module):
         super().__init__()
         self.attention, self.mlp = attention, mlp
 
-    def advance(self, x: Tensor, normed: Tensor | None, follower: nn.Module | None) -> Advanced:
+    def advance(self, x: Tensor, normed: Tensor | None, follower: Part | None) -> Advanced:
         """See `Part.advance`; without `normed`, x is normalised here."""
         if normed is None:
-            normed = _normed(self.attention.norm, x)
-        x, normed = self.attention.advance(x, normed, self.mlp.norm)
+            normed = self.attention.enter(x)
+        x, normed = self.attention.advance(x, normed, self.mlp)
+        assert normed is not None
         return self.mlp.advance(x, normed, follower)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -155,21 +168,21 @@ class IntegerBlocks(nn.Sequential):
 
     Args:
         blocks: `IntegerBlock`s, and originals where nothing in a block could be quantised.
-        residual_dtype: of the residual stream on a GPU; a CPU keeps fp32.
+        stream: precision of the residual stream.
     """
 
-    def __init__(self, *blocks: nn.Module, residual_dtype: torch.dtype = torch.float16) -> None:
+    def __init__(self, *blocks: nn.Module, stream: Stream) -> None:
         super().__init__(*blocks)
-        self.residual_dtype = residual_dtype
+        self.stream = stream
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] to [B, N, D] of the same dtype; `x` is left as it is."""
-        stream = x.to(self.residual_dtype if x.is_cuda else x.dtype, copy=True)
+        stream = x.to(self.stream.dtype(x.device), copy=True)
         normed: Tensor | None = None
         blocks = list(self)
         for block, after in zip(blocks, [*blocks[1:], None], strict=True):
             if isinstance(block, IntegerBlock):
-                follower = after.attention.norm if isinstance(after, IntegerBlock) else None
+                follower = after.attention if isinstance(after, IntegerBlock) else None
                 stream, normed = block.advance(stream, normed, follower)
             else:
                 stream = block(stream.to(x.dtype)).to(stream.dtype)
@@ -178,7 +191,7 @@ class IntegerBlocks(nn.Sequential):
     def __getitem__(self, index: Any) -> Any:
         """A block, or a run of them that keeps the dtype of the stream."""
         if isinstance(index, slice):
-            return IntegerBlocks(*list(self)[index], residual_dtype=self.residual_dtype)
+            return IntegerBlocks(*list(self)[index], stream=self.stream)
         return super().__getitem__(index)
 
 
@@ -187,7 +200,7 @@ def integer_vit(
     description: Description,
     sites: Mapping[str, SiteParams],
     backend: str,
-    residual_dtype: str = "float16",
+    stream: Stream,
 ) -> nn.Module:
     """A copy of a timm VisionTransformer that runs the integer ops of `backend` at its sites.
 
@@ -206,13 +219,15 @@ def integer_vit(
             continue
         blocks.append(
             IntegerBlock(
-                AttentionPart(block, prefix, sites, backend)
+                AttentionPart(block, prefix, sites, backend, stream)
                 if attention
-                else FloatPart(block.norm1, block.attn, block.ls1),
-                MlpPart(block, prefix, sites, backend) if mlp else FloatPart(block.norm2, block.mlp, block.ls2),
+                else FloatPart(block.norm1, block.attn, block.ls1, stream),
+                MlpPart(block, prefix, sites, backend, stream)
+                if mlp
+                else FloatPart(block.norm2, block.mlp, block.ls2, stream),
             )
         )
-    twin.blocks = IntegerBlocks(*blocks, residual_dtype=getattr(torch, residual_dtype))
+    twin.blocks = IntegerBlocks(*blocks, stream=stream)
     for site in replaced:
         if site.kind is Kind.PATCH_EMBED:
             conv = twin.patch_embed.proj
@@ -236,23 +251,24 @@ def _norm(norm: nn.Module, linear: nn.Module, backend: str) -> nn.Module:
     return QuantizingNorm(norm, linear.input, backend) if isinstance(linear, IntegerLinear) else norm
 
 
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """Codes, or fp32 where the norm was left as it is: its weights are fp32 whatever the residual stream."""
-    return norm(x) if isinstance(norm, QuantizingNorm) else norm(x.float())
+def _floating(*modules: nn.Module) -> list[nn.Module]:
+    """Those that the plan leaves in floating point."""
+    return [module for module in modules if not isinstance(module, (IntegerLinear, QuantizingNorm))]
 
 
 def _add_linear(
-    x: Tensor, linear: nn.Module, scale: nn.Module, hidden: Tensor, follower: nn.Module | None, *, out_is_float: bool
+    x: Tensor, linear: nn.Module, scale: nn.Module, hidden: Tensor, follower: Part | None, *, out_is_float: bool
 ) -> Advanced:
     """x + scale(linear(hidden)), in place where the linear is integer, and the follower's view of it."""
     if isinstance(linear, IntegerLinear):
         codes = linear.quantize(hidden) if out_is_float else hidden
-        if isinstance(follower, QuantizingNorm) and follower.is_layernorm:
-            return x, linear.add_to_and_norm(x, codes, follower)
+        norm = None if follower is None else follower.norm
+        if isinstance(norm, QuantizingNorm) and norm.is_layernorm:
+            return x, linear.add_to_and_norm(x, codes, norm)
         linear.add_to(x, codes)
     else:
         x = x + scale(linear(hidden)).to(x.dtype)
-    return x, None if follower is None else _normed(follower, x)
+    return x, None if follower is None else follower.enter(x)
 
 
 def _is_gelu(act: nn.Module) -> bool:

@@ -60,7 +60,7 @@ class Plan:
         weights_digest: `weights_digest` of the model that the plan was made for.
         sites: by site name, in order of execution.
         provenance: JSON-able facts: calibration images, metric, allocator, budgets, objective, gap, versions.
-        residual_dtype: dtype of the residual stream on a GPU: "float16", "bfloat16" or "float32".
+        residual_dtype: dtype of the residual stream and of 16-bit layers on a GPU: "float16", "bfloat16" or "float32".
     """
 
     model: str

@@ -91,6 +91,11 @@ class Description:
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
 
+    @property
+    def image_bytes(self) -> int:
+        """Codes that the widest linear reads and writes for one image, a byte each."""
+        return max((s.rows * (s.in_features + s.out_features) for s in self.sites if not s.is_matmul), default=0)
+
     def site(self, name: str) -> Site:
         """The site called `name`; KeyError where there is none."""
         for site in self.sites:

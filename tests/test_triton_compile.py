@@ -82,3 +82,13 @@ def test_attention_and_layernorm_pack(arch: int, packed: bool) -> None:
     check(offline.compile_attention(arch, 197, packed=packed), arch, store=8)
     for width in (192, 768):
         check(offline.compile_layernorm(arch, width, packed=packed), arch, matrix=False, store=4 if packed else 8)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("x", ["*fp16", "*fp32"])
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 72, 80, 128])
+def test_heads(arch: int, x: str, head_dim: int) -> None:
+    for norm in (True, False):
+        made = offline.compile_heads(arch, head_dim, norm=norm, x=x)
+        check(made, arch, matrix=False)
+        assert min(made.store_bytes) >= 8, made

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 import lampq_rt
+from lampq_rt.adapters import describe
 from lampq_rt.kernels import reference
+from lampq_rt.kernels.gpu.work import LinearWork
 from lampq_rt.kernels.ops import TRITON
+from lampq_rt.modules_float import Stream
+from lampq_rt.modules_vit import integer_vit
+from lampq_rt.standin import stand_in_plan
 from tests.plans import log2_plan, range_plan, tiny_vit
 
 pytestmark = [
@@ -126,6 +132,36 @@ def test_split_k_gives_the_exact_sum_and_cleans_up() -> None:
         torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        LinearWork("heads", 34, 192, 64, heads=2, tokens=17),
+        LinearWork("requant", 34, 256, 64, 4, 4, 4, gelu=True),
+        LinearWork("residual", 34, 64, 1024, 8, 4),
+        LinearWork("float", 2, 10, 64, gelu=True, out_dtype=torch.float32),
+    ],
+    ids=lambda work: work.epilogue,
+)
+def test_the_tuner_launches_every_candidate(work: LinearWork, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lampq_rt.kernels.gpu import tune
+
+    times = iter([3.0, 2.0, 1.0])
+
+    def bench(launch: Callable[[], None], **options: object) -> float:
+        launch()
+        time = next(times, None)
+        if time is None:
+            raise RuntimeError("out of registers")
+        return time
+
+    monkeypatch.setattr(tune.triton.testing, "do_bench", bench)
+    found = tune.tune_linear(work, "cpu")
+    assert (found.ms, found.rule_ms) == (1.0, 3.0)
+    with pytest.raises(RuntimeError, match=f"no configuration of {work.key} runs"):
+        tune.tune_linear(work, "cpu")
+
+
+@pytest.mark.usefixtures("poisoned_heads")
 @pytest.mark.parametrize("case", [(2, 197, 2, 64), (1, 198, 1, 32), (2, 49, 2, 48), (2, 5, 1, 80), (1, 17, 3, 64)])
 @pytest.mark.parametrize("bits", [(8, 8), (4, 6)])
 def test_linear_qkv(case: tuple[int, ...], bits: tuple[int, int]) -> None:
@@ -138,6 +174,46 @@ def test_linear_qkv(case: tuple[int, ...], bits: tuple[int, int]) -> None:
     args = (x_q, w_q, scale, reference.column_constant(w_q, 9), torch.randn(3 * width), heads, steps, *bits)
     for came, wanted in zip(TRITON.linear_qkv(*args), reference.linear_qkv(*args), strict=True):
         assert_codes(came, wanted)
+
+
+@pytest.fixture
+def poisoned_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v full of garbage before the kernels write them, the padding of v included."""
+    from lampq_rt.kernels.gpu import impl
+
+    empty = impl._empty_heads
+    monkeypatch.setattr(impl, "_empty_heads", lambda *args: tuple(t.fill_(85) for t in empty(*args)))
+
+
+@pytest.mark.usefixtures("poisoned_heads")
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"), [(197, 64), (198, 32), (49, 48), (49, 80), (5, 72), (1, 64), (16, 128)]
+)
+@pytest.mark.parametrize("affine", ["none", "plain", "weight", "both"])
+def test_heads_quantize(tokens: int, head_dim: int, affine: str) -> None:
+    batch, heads = 2, 3
+    torch.manual_seed(1)
+    qkv = torch.randn(batch, tokens, 3 * heads * head_dim) * 3 + 0.5
+    norms = [torch.randn(head_dim) for _ in range(4)] if affine == "both" else [None] * 4
+    if affine == "weight":
+        norms[::2] = torch.randn(head_dim), torch.randn(head_dim)
+    steps = (torch.rand(3 * heads) * 20 + 20).repeat_interleave(head_dim)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for bits in ((8, 8), (4, 6)):
+            args = (qkv.to(dtype), affine != "none", *norms, 1e-5, heads, steps, *bits)
+            for came, wanted in zip(TRITON.heads_quantize(*args), reference.heads_quantize(*args), strict=True):
+                assert_codes(came, wanted, 0.0 if affine == "none" else 1e-3)
+
+
+@pytest.mark.usefixtures("poisoned_heads")
+def test_heads_quantize_rounds_ties_to_even_and_saturates() -> None:
+    values = torch.cat(
+        [torch.arange(-140, 140) + 0.5, torch.tensor([127.6, -128.5, 1e30, -1e30, 127.49999, 0.49999997])]
+    )
+    qkv = values.repeat(8)[: 11 * 3 * 64].view(1, 11, 192)
+    args = (qkv, False, None, None, None, None, 0.0, 2, torch.ones(192), 8, 8)
+    for came, wanted in zip(TRITON.heads_quantize(*args), reference.heads_quantize(*args), strict=True):
+        assert torch.equal(came, wanted)
 
 
 @pytest.mark.parametrize("tokens", [1, 49, 197, 198, 256, 300])
@@ -183,18 +259,40 @@ def test_attention_ignores_what_lies_in_the_padding_of_v(tokens: int, p: tuple[i
     assert_codes(TRITON.attention(q, k, poisoned, *tail), reference.attention(q, k, v, *tail))
 
 
-@pytest.mark.parametrize("bits", [8, 4, {"default": 8, "fc1": 4, "fc2": 3, "proj": 16}])
-@pytest.mark.parametrize("log2", [False, True], ids=["rowmax", "log2"])
-def test_a_whole_model_runs_on_the_triton_path(bits: dict[str, int] | int, log2: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "input_bits", "log2"),
+    [
+        (8, None, False), (4, None, False), ({"default": 8, "fc1": 4, "fc2": 3, "proj": 16}, None, False),
+        ({"default": 5, "qkv": 4}, 4, False), (8, None, True), (4, None, True),
+    ],
+)  # fmt: skip
+def test_a_whole_model_runs_on_the_triton_path(bits: dict[str, int] | int, input_bits: int | None, log2: bool) -> None:
     model = tiny_vit(init_values=0.5)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    plan = range_plan(model, images, bits)
+    plan = stand_in_plan(model, images, bits, input_bits=input_bits)
     plan = log2_plan(plan, 4) if log2 else plan
     with torch.inference_mode():
         wanted = lampq_rt.compile(model, plan, backend="reference")(images)
         came = lampq_rt.compile(model, plan, backend="triton")(images)
         original = model(images)
     noise = (wanted - original).pow(2).mean().sqrt()
+    assert (came - wanted).pow(2).mean().sqrt() <= 0.5 * noise
+
+
+@pytest.mark.parametrize(
+    "bits", [8, {"default": 8, "qkv": 16, "fc2": 16}, {"default": 8, "qk": 16, "pv": 16, "proj": 16}]
+)
+def test_a_whole_model_with_a_half_precision_stream(bits: dict[str, int] | int) -> None:
+    half = Stream(torch.float16, torch.float16)
+    model = tiny_vit(init_values=0.5, qk_norm=True)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    plan = range_plan(model, images, bits)
+    with torch.inference_mode():
+        wanted, came = (
+            integer_vit(model, describe(model), plan.sites, backend, half)(images)
+            for backend in ("reference", "triton")
+        )
+        noise = (wanted - model(images)).pow(2).mean().sqrt()
     assert (came - wanted).pow(2).mean().sqrt() <= 0.5 * noise
 
 

@@ -58,7 +58,10 @@ def _attention_cases(batch: int, tokens: int, heads: int, head_dim: int) -> Iter
     column, bias = reference.column_constant(w_q, 9), torch.randn(3 * width)
     yield f"qkv {label}", "linear_qkv", (x_q, w_q, scale, column, bias, heads, steps, 8, 8)
     floats = torch.randn(batch, tokens, 3 * width)
-    yield f"heads {label}", "heads_quantize", (floats, False, None, None, None, None, 0.0, heads, steps, 8, 8)
+    norms = [torch.randn(head_dim) for _ in range(4)]
+    for kind, x in (("fp32", floats), ("fp16", floats.half())):
+        yield f"heads of {kind} {label}", "heads_quantize", (x, False, *[None] * 4, 0.0, heads, steps, 8, 8)
+        yield f"heads of {kind} {label}, norm", "heads_quantize", (x, True, *norms, 1e-6, heads, steps, 8, 8)
     q, k, v = (_codes((batch, heads, tokens, head_dim), 8) for _ in range(3))
     scales = (torch.rand(heads) * 1e-3, torch.rand(heads) + 0.1)
     for p in ((8, "rowmax"), (4, "rowmax"), (4, "log2"), (3, "log2")):

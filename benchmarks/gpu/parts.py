@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,16 @@ import typer
 
 import lampq_rt
 from benchmarks.gpu.models import timing_plan
+from lampq_rt import tuning
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.gpu import impl, tables, tune
+from lampq_rt.kernels.gpu.work import LinearWork
 from lampq_rt.kernels.ops import NATIVE, SCHEMAS
 
 Facts = dict[str, Any]
+
+TUNE_SECONDS = 140
+"""The tuner starts no further shape after this: what is left, the smallest, keeps the rule of thumb."""
 
 
 def bench(function: Callable[[], object]) -> dict[str, float]:
@@ -80,12 +86,12 @@ def gemm(_: list[str], __: Path, ___: Path | None) -> Facts:
     ):  # fmt: skip
         m = 64 * 197
         for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
-            key, config, ms = tune.tune_linear(
-                epilogue, m, n, k, a_bits=a_bits, w_bits=w_bits, gelu=gelu, heads=12, tokens=197
-            )
-            rows.append({"key": key, "ms": ms, "tops": 2 * m * n * k / ms / 1e9, "config": config.to_json()})
-    best = max(rows, key=lambda r: r["tops"])
-    return {"rows": rows, "summary": f"best {best['tops']:.0f} TOP/s ({best['key']})"}
+            work = LinearWork(epilogue, m, n, k, a_bits, w_bits, gelu=gelu, heads=12, tokens=197)
+            best = tune.tune_linear(work)
+            row = {"key": work.key, "ms": best.ms, "rule_ms": best.rule_ms, "config": best.config.to_json()}
+            rows.append({**row, "tops": work.operations / best.ms / 1e9})
+    top = max(rows, key=lambda r: r["tops"])
+    return {"rows": rows, "summary": f"best {top['tops']:.0f} TOP/s ({top['key']})"}
 
 
 def attention(_: list[str], __: Path, ___: Path | None) -> Facts:
@@ -104,28 +110,24 @@ def attention(_: list[str], __: Path, ___: Path | None) -> Facts:
 
 
 def tune_model(args: list[str], out: Path, _: Path | None) -> Facts:
-    """Tune the linears of one model at one batch; the table is written to `out`."""
+    """Tune the linears of one model at one batch, for the user's table; a copy of it is written to `out`."""
     import timm
 
     name, batch = args[0], int(args[1])
     with torch.device("meta"):
         model = timm.create_model(name)
-    d, heads = model.embed_dim, model.blocks[0].attn.num_heads
-    hidden, tokens = model.blocks[0].mlp.fc1.out_features, model.pos_embed.shape[1]
-    m, found = batch * tokens, {}
-    for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
-        shared = {"a_bits": a_bits, "w_bits": w_bits}
-        for work in (
-            {"epilogue": "heads", "n": 3 * d, "k": d, "heads": heads, "tokens": tokens},
-            {"epilogue": "residual", "n": d, "k": d}, {"epilogue": "residual", "n": d, "k": hidden},
-            {"epilogue": "requant", "n": hidden, "k": d, "gelu": True, "out_bits": a_bits},
-        ):  # fmt: skip
-            key, config, _ms = tune.tune_linear(m=m, **shared, **work)
-            found[key] = config
-    arch = impl._device(0)[0]
-    tables.save(arch, found, out / f"{arch}.json")
-    tables.save(arch, found)
-    return {"entries": {k: c.to_json() for k, c in found.items()}, "summary": f"{len(found)} shapes tuned for {arch}"}
+    arch = tuning.gpu_architecture()
+    works = tuning.launches(model, (3, *model.patch_embed.img_size), [batch])
+    found, done, started = {}, 0, time.monotonic()
+    for work, tuned in tune.tune_all(works, arch):
+        done += 1
+        if tuned is not None:
+            found[work.key] = tuned.config
+        tables.save(arch, tables.read(tables.user_table(arch)), out / f"{arch}.json")
+        if time.monotonic() - started > TUNE_SECONDS:
+            break
+    summary = f"{len(found)} shapes tuned for {arch}, {len(works) - done} left"
+    return {"entries": {k: c.to_json() for k, c in found.items()}, "summary": summary}
 
 
 def model_speed(args: list[str], _: Path, __: Path | None) -> Facts:
@@ -144,7 +146,10 @@ def model_speed(args: list[str], _: Path, __: Path | None) -> Facts:
             fast = lampq_rt.compile(model, timing_plan(model, bits, input_bits), device="cuda")
             fast(images)
             row = {**bench(lambda fast=fast: fast(images)), "weight_bytes": fast.weight_bytes}
-            rows[label] = {**row, "peak_bytes": torch.cuda.max_memory_allocated()}
+            row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "graph_bytes": fast.graph_memory_bytes}
+            rows[label] = row
+            if label == "w8a8":
+                rows |= micro_batches(fast, images)
             del fast
         half = model.cuda().bfloat16()
         compiled = torch.compile(half, mode=compile_mode)
@@ -154,6 +159,17 @@ def model_speed(args: list[str], _: Path, __: Path | None) -> Facts:
     ratio = rows["bf16-compile"]["median"] / rows["w8a8"]["median"]
     summary = f"W8A8 {rows['w8a8']['median']:.3f} ms, {ratio:.2f} x torch.compile bf16 ({mode})"
     return {"rows": rows, "images_per_s": batch / rows["w8a8"]["median"] * 1e3, "ratio": ratio, "summary": summary}
+
+
+def micro_batches(fast: Any, images: torch.Tensor) -> Facts:
+    """The same model whole and in micro-batches, to check the rule by which it chooses."""
+    rows = {}
+    for size in (None, 32, 64, 128):
+        if size is None or size < len(images):
+            fast.micro_batch = size
+            fast(images)
+            rows[f"w8a8 {'whole' if size is None else f'micro-batch {size}'}"] = bench(lambda: fast(images))
+    return rows
 
 
 def peers(args: list[str], _: Path, __: Path | None) -> Facts:

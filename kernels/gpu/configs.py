@@ -157,3 +157,9 @@ def layernorm_blocks(width: int) -> tuple[int, int]:
     """Rows a program and columns rounded up to a power of two: about 2,048 values for 4 warps."""
     block_d = max(triton.next_power_of_2(width), 64)
     return max(1, min(8, 2048 // block_d)), block_d
+
+
+def heads_blocks(head_dim: int) -> tuple[int, int]:
+    """Tokens a program and head channels rounded up: at most 4,096 values each of q, k and v for 4 warps."""
+    block_d = max(32, triton.next_power_of_2(head_dim))
+    return max(16, min(64, 4096 // block_d)), block_d

@@ -18,6 +18,7 @@ from lampq_rt.kernels import reference
 from lampq_rt.kernels.gpu import configs, tables
 from lampq_rt.kernels.gpu import linear as linear_kernels
 from lampq_rt.kernels.gpu.attention import attention_kernel
+from lampq_rt.kernels.gpu.heads import heads_kernel
 from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel, quantize_kernel
 from lampq_rt.kernels.gpu.rows import linear_rows_kernel
 
@@ -36,6 +37,11 @@ def _device(index: int | None) -> tuple[str, int, bool]:
     return f"sm{properties.major}{properties.minor}", properties.multi_processor_count, nvidia
 
 
+def architecture(index: int) -> str:
+    """Of the GPU with that index, as tables are named: "sm90"."""
+    return _device(index)[0]
+
+
 def _of(x: Tensor) -> tuple[str, int, bool]:
     return _device(x.device.index if x.is_cuda else None)
 
@@ -44,6 +50,14 @@ def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if dtype == reference.INT4:
         return torch.empty((*shape[:-1], shape[-1] // 2), dtype=torch.uint8, device=like.device)
     return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _empty_heads(rows: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [B, H, N, d] and v [B, H, d, N_pad] for `rows` [B, N, ...]; every byte of them is written by the kernels."""
+    batch, tokens = rows.shape[:2]
+    q = torch.empty((batch, heads, tokens, head_dim), dtype=torch.int8, device=rows.device)
+    shape = (batch, heads, head_dim, reference.padded_tokens(tokens))
+    return q, torch.empty_like(q), torch.empty(shape, dtype=torch.int8, device=rows.device)
 
 
 def _bytes(codes: Tensor) -> Tensor:
@@ -260,10 +274,7 @@ def linear_qkv(
     """See `reference.linear_qkv`."""
     batch, tokens = x_q.shape[:2]
     head_dim = w_q.shape[0] // (3 * heads)
-    q = torch.empty((batch, heads, tokens, head_dim), dtype=torch.int8, device=x_q.device)
-    k = torch.empty_like(q)
-    shape = (batch, heads, head_dim, reference.padded_tokens(tokens))
-    v = torch.empty(shape, dtype=torch.int8, device=x_q.device)
+    q, k, v = _empty_heads(x_q, heads, head_dim)
     _launch_linear(
         linear_kernels.HEADS, x_q, w_q, scale, column, bias, q, k=k, v=v, step=out_inv_scale,
         layout=(batch, tokens, heads, head_dim), codes=reference.code_range(qk_bits),
@@ -285,9 +296,22 @@ def heads_quantize(
     qk_bits: int,
     v_bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.heads_quantize`."""
-    args = (qkv, norm, q_weight, q_bias, k_weight, k_bias, eps, heads, out_inv_scale, qk_bits, v_bits)
-    return reference.heads_quantize(*args)
+    """See `reference.heads_quantize`; q and k both have a weight, or neither, and likewise a bias."""
+    assert (q_weight is None, q_bias is None) == (k_weight is None, k_bias is None)
+    qkv = qkv.contiguous()
+    batch, tokens, columns = qkv.shape
+    head_dim = columns // (3 * heads)
+    q, k, v = _empty_heads(qkv, heads, head_dim)
+    block_m, block_d = configs.heads_blocks(head_dim)
+    padded = v.shape[-1]
+    absent = out_inv_scale
+    heads_kernel[(triton.cdiv(padded, block_m), batch * heads)](
+        qkv, *(absent if t is None else t for t in (q_weight, q_bias, k_weight, k_bias)), out_inv_scale,
+        q, k, v, tokens, padded, eps, norm, q_weight is not None, q_bias is not None,
+        *reference.code_range(qk_bits), *reference.code_range(v_bits), heads, head_dim, _of(qkv)[2],
+        block_m, block_d, num_warps=4,
+    )  # fmt: skip
+    return q, k, v
 
 
 def attention(

@@ -9,6 +9,15 @@ from lampq_rt.kernels.gpu.numerics import codes_int8, pack_nibbles
 
 
 @triton.jit
+def standardised(x, inside, D, eps):
+    """fp32 rows [M, BLOCK_D] less their mean, over their deviation; `inside` marks the D columns that count."""
+    mean = tl.sum(x, 1) / D
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / D
+    return centred * (1.0 / tl.sqrt(variance + eps))[:, None]
+
+
+@triton.jit
 def layernorm_quantize_kernel(
     x_ptr,  # floating point [M, D]
     weight_ptr, bias_ptr,  # fp32 [D], or any pointer where HAS_AFFINE is false
@@ -23,10 +32,7 @@ def layernorm_quantize_kernel(
     inside = (columns < D)[None, :]
     mask = (rows < M)[:, None] & inside
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1) / D
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / D
-    y = centred * (1.0 / tl.sqrt(variance + eps))[:, None]
+    y = standardised(x, inside, D, eps)
     if HAS_WEIGHT:
         y = y * tl.load(weight_ptr + columns, mask=columns < D, other=0.0)[None, :]
     if HAS_BIAS:

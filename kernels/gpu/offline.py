@@ -17,11 +17,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.gpu import attention, configs, layernorm, linear, rows
+from lampq_rt.kernels.gpu import attention, configs, heads, layernorm, linear, rows
 
 POINTERS = {
     "scale_ptr": "*fp32", "column_ptr": "*i32", "bias_ptr": "*fp32", "step_ptr": "*fp32", "partial_ptr": "*i32",
-    "lock_ptr": "*i32", "weight_ptr": "*fp32", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32", "logit_scale_ptr": "*fp32", "v_scale_ptr": "*fp32",
+    "lock_ptr": "*i32", "weight_ptr": "*fp32", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32",
+    "logit_scale_ptr": "*fp32", "v_scale_ptr": "*fp32",
 }  # fmt: skip
 """Element types of pointers that are not int8 codes."""
 
@@ -162,6 +163,18 @@ def compile_attention(
         **{f"TILE_{i}": width for i, width in enumerate(config.tiles)},
     }  # fmt: skip
     return compile_kernel(attention.attention_kernel, constants, {}, arch, config.warps, config.stages)
+
+
+def compile_heads(arch: int, head_dim: int, *, norm: bool = True, x: str = "*fp16") -> Compiled:
+    """`heads_kernel` as the launcher configures it; `x` is the element type of qkv."""
+    block_m, block_d = configs.heads_blocks(head_dim)
+    constants = {
+        "NORM": norm, "HAS_WEIGHT": norm, "HAS_BIAS": norm, "LOW": -128, "HIGH": 127, "V_LOW": -128, "V_HIGH": 127,
+        "HEADS": 12, "HEAD_DIM": head_dim, "PTX": True, "BLOCK_M": block_m, "BLOCK_D": block_d,
+    }  # fmt: skip
+    names = ("q_weight_ptr", "q_bias_ptr", "k_weight_ptr", "k_bias_ptr")
+    pointers = {"qkv_ptr": x, **dict.fromkeys(names, "*fp32")}
+    return compile_kernel(heads.heads_kernel, constants, pointers, arch, 4, 1)
 
 
 def compile_layernorm(arch: int, width: int, *, x: str = "*fp16", packed: bool = False) -> Compiled:

@@ -48,6 +48,11 @@ def rows(arch: str, key: str) -> LinearConfig | None:
     return _table(arch).get(key)
 
 
+def has(arch: str, key: str) -> bool:
+    """True where `key` was tuned on `arch`, here or by us."""
+    return key in _table(arch)
+
+
 def user_table(arch: str) -> Path:
     """Where `save` puts what was tuned on this machine."""
     return cache_folder() / f"{arch}.json"
@@ -57,7 +62,7 @@ def save(arch: str, entries: dict[str, LinearConfig], path: Path | None = None) 
     """Merge `entries` into the table at `path` (the user's by default); written beside it and renamed."""
     target = path or user_table(arch)
     target.parent.mkdir(parents=True, exist_ok=True)
-    merged = {**_read(target), **entries}
+    merged = {**read(target), **entries}
     text = json.dumps({key: merged[key].to_json() for key in sorted(merged)}, indent=1)
     with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
         file.write(text + "\n")
@@ -68,7 +73,7 @@ def save(arch: str, entries: dict[str, LinearConfig], path: Path | None = None) 
 
 @cache
 def _table(arch: str) -> dict[str, LinearConfig]:
-    return {**_read(SHIPPED / f"{arch}.json"), **_read(user_table(arch))}
+    return {**read(SHIPPED / f"{arch}.json"), **read(user_table(arch))}
 
 
 @cache
@@ -76,7 +81,7 @@ def _tell_once(arch: str) -> None:
     logger.info("no tuned configuration on %s for some shapes: a rule of thumb serves; `lampq tune` finds better", arch)
 
 
-def _read(path: Path) -> dict[str, LinearConfig]:
+def read(path: Path) -> dict[str, LinearConfig]:
     """A table; an unreadable one counts as empty, and is said to be."""
     try:
         data: Any = json.loads(path.read_text())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.gpu import configs, impl, linear, tables
+from lampq_rt.kernels.gpu.work import LinearWork
 
 EPILOGUES = {"requant": linear.REQUANT, "float": linear.FLOAT, "residual": linear.RESIDUAL, "heads": linear.HEADS}
 SPLITS = (1, 2, 4, 8)
@@ -31,85 +33,117 @@ def candidates(
                 yield replace(config, split_k=split)
 
 
-def tune_linear(
-    epilogue: str, m: int, n: int, k: int, *, a_bits: int = 8, w_bits: int = 8, out_bits: int = 8, gelu: bool = False,
-    heads: int = 0, tokens: int = 0, out_dtype: torch.dtype = torch.float16,
-) -> tuple[str, configs.LinearConfig, float]:  # fmt: skip
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning one launch found.
+
+    Attributes:
+        config: the fastest configuration.
+        ms: its median time, milliseconds.
+        rule_ms: time of the configuration that the rule of thumb would have chosen; None where that does not run.
+    """
+
+    config: configs.LinearConfig
+    ms: float
+    rule_ms: float | None
+
+
+def tune_linear(work: LinearWork, device: str = "cuda") -> Tuned:
     """Time every candidate on random data (zeros would draw less power).
 
     Args:
-        epilogue: "requant", "float", "residual" or "heads" (with `heads` and `tokens`).
-        m: rows of the input.
-        n: output channels.
-        k: input channels.
-        a_bits: 8, or 4 for packed activations; likewise w_bits and out_bits.
-        gelu: GELU before the requantisation.
-        heads: attention heads.
-        tokens: rows per image.
-        out_dtype: dtype of a floating-point result or residual stream.
+        work: the launch.
+        device: "cuda"; "cpu" in Triton's interpreter.
 
-    Returns:
-        The launch's key, the fastest configuration, its median time in milliseconds.
+    Raises:
+        RuntimeError: no candidate runs on this GPU.
     """
-    case = _case(epilogue, m, n, k, a_bits, w_bits, out_bits, heads, tokens, out_dtype)
-    options = _options(epilogue, case, n, out_bits, gelu, heads, tokens)
+    case = _case(work, device)
+    options = _options(work, case)
     arch, processors, _ = impl._of(case["x_q"])
-    best, best_ms = None, math.inf
-    for config in candidates(m, n, k, arch, processors, a_bits, w_bits):
+    shape = (work.m, work.n, work.k)
+    rule = configs.linear_config(*shape, processors, arch, work.a_bits, work.w_bits)
+    times: dict[configs.LinearConfig, float] = {}
+    for config in (rule, *candidates(*shape, arch, processors, work.a_bits, work.w_bits)):
+        if config in times:
+            continue
 
         def launch(config: configs.LinearConfig = config) -> None:
             args = (case["x_q"], case["w_q"], case["scale"], case["column"], case["bias"], case["out"])
-            impl._launch_linear(EPILOGUES[epilogue], *args, config=config, **options)
+            impl._launch_linear(EPILOGUES[work.epilogue], *args, config=config, **options)
 
         try:
-            elapsed = float(triton.testing.do_bench(launch, warmup=5, rep=25, return_mode="median"))
+            times[config] = float(triton.testing.do_bench(launch, warmup=5, rep=25, return_mode="median"))
         except (triton.runtime.errors.OutOfResources, RuntimeError):
             continue
-        if elapsed < best_ms:
-            best, best_ms = config, elapsed
-    if best is None:
-        raise RuntimeError(f"no configuration of linear {epilogue} m={m} n={n} k={k} runs on {arch}")
-    return tables.linear_key(epilogue, m, n, k, a_bits, w_bits, out_bits, gelu), best, best_ms
+    if not times:
+        raise RuntimeError(f"no configuration of {work.key} runs on {arch}")
+    best = min(times, key=times.__getitem__)
+    return Tuned(best, times[best], times.get(rule))
 
 
-def _case(
-    epilogue: str, m: int, n: int, k: int, a_bits: int, w_bits: int, out_bits: int, heads: int, tokens: int,
-    out_dtype: torch.dtype,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Random operands on the GPU."""
-    low, high = reference.code_range(a_bits)
-    x_q = torch.randint(low, high + 1, (m, k), dtype=torch.int8, device="cuda")
-    low, high = reference.code_range(w_bits, weight=True)
-    w_q = torch.randint(low, high + 1, (n, k), dtype=torch.int8, device="cuda")
+def tune_all(
+    works: Iterable[LinearWork], arch: str, table: Path | None = None, *, again: bool = False
+) -> Iterator[tuple[LinearWork, Tuned | None]]:
+    """Tune the launches that `table` lacks, and write it after each one: a run that is stopped goes on where it was.
+
+    Args:
+        works: launches; a second one with the same key is left out.
+        arch: architecture of the present GPU, as in "sm90".
+        table: file to write to, by default the user's own, which every model on this machine then runs with.
+        again: tune what the table has, too.
+
+    Yields:
+        Every launch with what was found; None where the table had it already.
+    """
+    known = set() if again else set(tables.read(table or tables.user_table(arch)))
+    seen: set[str] = set()
+    for work in works:
+        if work.key in seen:
+            continue
+        seen.add(work.key)
+        if work.key in known:
+            yield work, None
+            continue
+        found = tune_linear(work)
+        tables.save(arch, {work.key: found.config}, table)
+        yield work, found
+
+
+def _case(work: LinearWork, device: str) -> dict[str, Tensor]:
+    """Random operands."""
+    m, n, k, heads, tokens = work.m, work.n, work.k, work.heads, work.tokens
+    low, high = reference.code_range(work.a_bits)
+    x_q = torch.randint(low, high + 1, (m, k), dtype=torch.int8, device=device)
+    low, high = reference.code_range(work.w_bits, weight=True)
+    w_q = torch.randint(low, high + 1, (n, k), dtype=torch.int8, device=device)
     case = {
-        "x_q": reference.pack_int4(x_q) if a_bits <= 4 else x_q,
-        "w_q": reference.pack_int4(w_q) if w_bits <= 4 else w_q,
-        "scale": torch.rand(n, device="cuda") / (math.sqrt(k) * 2 ** (a_bits + w_bits - 6)),
+        "x_q": reference.pack_int4(x_q) if work.a_bits <= 4 else x_q,
+        "w_q": reference.pack_int4(w_q) if work.w_bits <= 4 else w_q,
+        "scale": torch.rand(n, device=device) / (math.sqrt(k) * 2 ** (work.a_bits + work.w_bits - 6)),
         "column": reference.column_constant(w_q, 3),
-        "bias": torch.randn(n, device="cuda"),
+        "bias": torch.randn(n, device=device),
     }
-    if epilogue == "heads":
+    if work.epilogue == "heads":
         images, head_dim = m // tokens, n // (3 * heads)
-        case["out"] = torch.empty((images, heads, tokens, head_dim), dtype=torch.int8, device="cuda")
+        case["out"] = torch.empty((images, heads, tokens, head_dim), dtype=torch.int8, device=device)
         case["k"] = torch.empty_like(case["out"])
         padded = reference.padded_tokens(tokens)
-        case["v"] = torch.empty((images, heads, head_dim, padded), dtype=torch.int8, device="cuda")
-        case["step"] = torch.full((n,), 20.0, device="cuda")
-    elif epilogue == "requant":
-        shape = (m, n // 2) if out_bits <= 4 else (m, n)
-        case["out"] = torch.empty(shape, dtype=torch.uint8 if out_bits <= 4 else torch.int8, device="cuda")
+        case["v"] = torch.empty((images, heads, head_dim, padded), dtype=torch.int8, device=device)
+        case["step"] = torch.full((n,), 20.0, device=device)
+    elif work.epilogue == "requant":
+        shape = (m, n // 2) if work.out_bits <= 4 else (m, n)
+        case["out"] = torch.empty(shape, dtype=torch.uint8 if work.out_bits <= 4 else torch.int8, device=device)
     else:
-        case["out"] = torch.zeros((m, n), dtype=out_dtype, device="cuda")
+        case["out"] = torch.zeros((m, n), dtype=work.out_dtype, device=device)
     return case
 
 
-def _options(
-    epilogue: str, case: dict[str, Tensor], n: int, out_bits: int, gelu: bool, heads: int, tokens: int
-) -> dict[str, Any]:
-    if epilogue == "heads":
-        layout = (len(case["out"]), tokens, heads, n // (3 * heads))
+def _options(work: LinearWork, case: dict[str, Tensor]) -> dict[str, Any]:
+    if work.epilogue == "heads":
+        layout = (len(case["out"]), work.tokens, work.heads, work.n // (3 * work.heads))
         return {"k": case["k"], "v": case["v"], "step": case["step"], "layout": layout}
-    if epilogue == "requant":
-        codes = reference.code_range(min(out_bits, 8))
-        return {"gelu": gelu, "inv_scale": 20.0, "codes": codes, "out_packed": out_bits <= 4}
-    return {"gelu": gelu}
+    if work.epilogue == "requant":
+        codes = reference.code_range(work.out_bits)
+        return {"gelu": work.gelu, "inv_scale": 20.0, "codes": codes, "out_packed": work.out_bits <= 4}
+    return {"gelu": work.gelu}

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -74,9 +75,11 @@ class TimmVit:
         self, model: nn.Module, sites: Mapping[str, SiteParams], backend: str, residual_dtype: str = "float16"
     ) -> nn.Module:
         """See `Adapter.integer`."""
+        from lampq_rt.modules_float import Stream
         from lampq_rt.modules_vit import integer_vit
 
-        return integer_vit(model, self.describe(model), sites, backend, residual_dtype)
+        stream = Stream(getattr(torch, residual_dtype))
+        return integer_vit(model, self.describe(model), sites, backend, stream)
 
     def architecture(self, model: nn.Module) -> dict[str, Any]:
         """See `Adapter.architecture`."""
