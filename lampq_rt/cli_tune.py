@@ -82,7 +82,7 @@ def _row(work: LinearWork, tuned: Tuned | None) -> dict[str, Any]:
     row: dict[str, Any] = {"key": work.key, "m": work.m, "n": work.n, "k": work.k}
     if tuned is None:
         return {**row, "latency_ms": None, "rule_ms": None, "config": None}
-    return {**row, "latency_ms": tuned.ms, "rule_ms": tuned.rule_ms, "config": tuned.config.to_json()}
+    return {**row, "latency_ms": tuned.ms, "rule_ms": tuned.rule_ms, "config": tuned.config and tuned.config.to_json()}
 
 
 def _table(fresh: list[tuple[LinearWork, Tuned]], title: str) -> Group:
@@ -92,8 +92,11 @@ def _table(fresh: list[tuple[LinearWork, Tuned]], title: str) -> Group:
     for column in ("linear", "m", "n", "k", "ms", "TOP/s", "×", "tile"):
         table.add_column(column, justify="left" if column in ("linear", "tile") else "right", no_wrap=True)
     for work, tuned in fresh:
-        config = tuned.config
-        split = f" split {config.split_k}" if config.split_k > 1 else ""
+        tile, config = "two kernels", tuned.config
+        if config is not None:
+            columns = "row" if work.epilogue == "rows" else config.block_n
+            split = f" split {config.split_k}" if config.split_k > 1 else ""
+            tile = f"{config.block_m}×{columns}×{config.block_k}{split}"
         table.add_row(
             f"{work.epilogue} w{work.w_bits}a{work.a_bits}",
             str(work.m),
@@ -102,8 +105,8 @@ def _table(fresh: list[tuple[LinearWork, Tuned]], title: str) -> Group:
             f"{tuned.ms:.4f}",
             f"{work.operations / tuned.ms / 1e9:.0f}",
             "–" if tuned.rule_ms is None else f"{tuned.rule_ms / tuned.ms:.2f}",
-            f"{config.block_m}×{config.block_n}×{config.block_k}{split}",
+            tile,
         )
-    table.caption = "×: times as fast as the tile that the rule of thumb gives"
+    table.caption = "×: times as fast as the tile that the rule of thumb gives; rows: as linear and LayerNorm apart"
     table.caption_justify = "left"
     return titled(title, table)

@@ -161,6 +161,23 @@ def test_the_tuner_launches_every_candidate(work: LinearWork, monkeypatch: pytes
         tune.tune_linear(work, "cpu")
 
 
+@pytest.mark.parametrize(("times", "one"), [([3.0, 2.0], True), ([1.0, 2.0], False)])
+def test_the_tuner_compares_one_kernel_with_two(
+    times: list[float], one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lampq_rt.kernels.gpu import configs, tune
+
+    ran = iter([*times, *[9.0] * len(configs.ROWS_CANDIDATES)])
+
+    def bench(launch: Callable[[], None], **options: object) -> float:
+        launch()
+        return next(ran)
+
+    monkeypatch.setattr(tune.triton.testing, "do_bench", bench)
+    found = tune.tune_linear(LinearWork("rows", 34, 64, 256, 8, 4), "cpu")
+    assert (found.config is not None) == one and (found.ms, found.rule_ms) == (min(times), times[0])
+
+
 @pytest.mark.usefixtures("poisoned_heads")
 @pytest.mark.parametrize("case", [(2, 197, 2, 64), (1, 198, 1, 32), (2, 49, 2, 48), (2, 5, 1, 80), (1, 17, 3, 64)])
 @pytest.mark.parametrize("bits", [(8, 8), (4, 6)])

@@ -88,7 +88,12 @@ def gemm(_: list[str], __: Path, ___: Path | None) -> Facts:
         for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
             work = LinearWork(epilogue, m, n, k, a_bits, w_bits, gelu=gelu, heads=12, tokens=197)
             best = tune.tune_linear(work)
-            row = {"key": work.key, "ms": best.ms, "rule_ms": best.rule_ms, "config": best.config.to_json()}
+            row = {
+                "key": work.key,
+                "ms": best.ms,
+                "rule_ms": best.rule_ms,
+                "config": best.config and best.config.to_json(),
+            }
             rows.append({**row, "tops": work.operations / best.ms / 1e9})
     top = max(rows, key=lambda r: r["tops"])
     return {"rows": rows, "summary": f"best {top['tops']:.0f} TOP/s ({top['key']})"}
@@ -127,7 +132,7 @@ def tune_model(args: list[str], out: Path, _: Path | None) -> Facts:
         if time.monotonic() - started > TUNE_SECONDS:
             break
     summary = f"{len(found)} shapes tuned for {arch}, {len(works) - done} left"
-    return {"entries": {k: c.to_json() for k, c in found.items()}, "summary": summary}
+    return {"entries": {k: c and c.to_json() for k, c in found.items()}, "summary": summary}
 
 
 def model_speed(args: list[str], _: Path, __: Path | None) -> Facts:

@@ -3,7 +3,7 @@ pickle.
 
 A table maps the key of a launch to a `LinearConfig`. Rows of M share a bucket (the power of two above), so that a
 model tuned at one batch serves its neighbours. A key that no table has is served by the rule in `configs`; this is
-logged once.
+logged once. For one kernel in place of two ("rows"), null says that two were faster.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 
 from lampq_rt.kernels.cpu.native import cache_folder
 from lampq_rt.kernels.gpu.configs import LinearConfig
+
+Table = dict[str, LinearConfig | None]
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +61,12 @@ def user_table(arch: str) -> Path:
     return cache_folder() / f"{arch}.json"
 
 
-def save(arch: str, entries: dict[str, LinearConfig], path: Path | None = None) -> Path:
+def save(arch: str, entries: Mapping[str, LinearConfig | None], path: Path | None = None) -> Path:
     """Merge `entries` into the table at `path` (the user's by default); written beside it and renamed."""
     target = path or user_table(arch)
     target.parent.mkdir(parents=True, exist_ok=True)
     merged = {**read(target), **entries}
-    text = json.dumps({key: merged[key].to_json() for key in sorted(merged)}, indent=1)
+    text = json.dumps({key: config and config.to_json() for key, config in sorted(merged.items())}, indent=1)
     with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
         file.write(text + "\n")
     os.replace(file.name, target)
@@ -72,7 +75,7 @@ def save(arch: str, entries: dict[str, LinearConfig], path: Path | None = None) 
 
 
 @cache
-def _table(arch: str) -> dict[str, LinearConfig]:
+def _table(arch: str) -> Table:
     return {**read(SHIPPED / f"{arch}.json"), **read(user_table(arch))}
 
 
@@ -81,11 +84,11 @@ def _tell_once(arch: str) -> None:
     logger.info("no tuned configuration on %s for some shapes: a rule of thumb serves; `lampq tune` finds better", arch)
 
 
-def read(path: Path) -> dict[str, LinearConfig]:
+def read(path: Path) -> Table:
     """A table; an unreadable one counts as empty, and is said to be."""
     try:
         data: Any = json.loads(path.read_text())
-        return {key: LinearConfig(**_checked(value)) for key, value in data.items()}
+        return {key: _config(key, value) for key, value in data.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -93,7 +96,9 @@ def read(path: Path) -> dict[str, LinearConfig]:
         return {}
 
 
-def _checked(value: dict[str, Any]) -> dict[str, int]:
+def _config(key: str, value: Any) -> LinearConfig | None:
+    if value is None and key.startswith("linear rows "):
+        return None
     if set(value) != _FIELDS or not all(type(v) is int and 0 < v <= 512 for v in value.values()):
         raise ValueError(f"not a configuration: {value!r:.100}")
-    return value
+    return LinearConfig(**value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,13 @@ class Tuned:
     """What tuning one launch found.
 
     Attributes:
-        config: the fastest configuration.
+        config: the fastest configuration; None where two kernels are faster than one ("rows").
         ms: its median time, milliseconds.
-        rule_ms: time of the configuration that the rule of thumb would have chosen; None where that does not run.
+        rule_ms: time of the configuration that the rule of thumb would have chosen; None where that does not run. For
+            "rows", time of the two kernels as they are tuned.
     """
 
-    config: configs.LinearConfig
+    config: configs.LinearConfig | None
     ms: float
     rule_ms: float | None
 
@@ -59,6 +60,8 @@ def tune_linear(work: LinearWork, device: str = "cuda") -> Tuned:
         RuntimeError: no candidate runs on this GPU.
     """
     case = _case(work, device)
+    if work.epilogue == "rows":
+        return _tune_rows(work, case)
     options = _options(work, case)
     arch, processors, _ = impl._of(case["x_q"])
     shape = (work.m, work.n, work.k)
@@ -73,13 +76,45 @@ def tune_linear(work: LinearWork, device: str = "cuda") -> Tuned:
             impl._launch_linear(EPILOGUES[work.epilogue], *args, config=config, **options)
 
         try:
-            times[config] = float(triton.testing.do_bench(launch, warmup=5, rep=25, return_mode="median"))
+            times[config] = _time(launch)
         except (triton.runtime.errors.OutOfResources, RuntimeError):
             continue
     if not times:
         raise RuntimeError(f"no configuration of {work.key} runs on {arch}")
     best = min(times, key=times.__getitem__)
     return Tuned(best, times[best], times.get(rule))
+
+
+def _tune_rows(work: LinearWork, case: dict[str, Tensor]) -> Tuned:
+    """One kernel against two, which should have been tuned before."""
+    linear_args = (case["x_q"], case["w_q"], case["scale"], case["column"], case["bias"])
+    norm = (None, None, 1e-6, 20.0, 0)
+    codes = case["out"].new_empty((work.m, work.n), dtype=torch.int8)
+
+    def two() -> None:
+        impl.linear_residual(case["out"], *linear_args)
+        impl.layernorm_quantize(case["out"], *norm, 8, torch.int8)
+
+    best: tuple[float, configs.LinearConfig | None] = (_time(two), None)
+    two_ms = best[0]
+    arch = impl._of(case["x_q"])[0]
+    for config in configs.ROWS_CANDIDATES:
+        if configs.rows_feasible(config, work.n, arch, work.a_bits, work.w_bits):
+            try:
+                ms = _time(
+                    lambda config=config: impl.launch_rows(
+                        config, case["out"], *linear_args, codes, *norm, reference.code_range(8)
+                    )
+                )
+            except (triton.runtime.errors.OutOfResources, RuntimeError):
+                continue
+            best = min(best, (ms, config), key=lambda pair: pair[0])
+    return Tuned(best[1], best[0], two_ms)
+
+
+def _time(launch: Callable[[], None]) -> float:
+    """Median milliseconds."""
+    return float(triton.testing.do_bench(launch, warmup=5, rep=25, return_mode="median"))
 
 
 def tune_all(

@@ -7,7 +7,7 @@ asked for. It also works on the meta device, where nothing is computed and no GP
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,23 +15,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.gpu import tables
+from lampq_rt.kernels.gpu import configs, tables
 
 EPILOGUE_OF = {
     "linear_requant": "requant",
     "linear_float": "float",
     "linear_residual": "residual",
+    "linear_residual_layernorm": "residual",
     "linear_qkv": "heads",
 }
-"""The epilogue of `linear.py` that serves an op."""
+"""The epilogue of `linear.py` that serves an op, alone or with a kernel after it."""
 
 
 @dataclass(frozen=True)
 class LinearWork:
-    """One launch of `linear_kernel`.
+    """One launch of `linear_kernel`, or of `linear_rows_kernel`.
 
     Attributes:
-        epilogue: "requant", "float", "residual" or "heads" (with `heads` and `tokens`).
+        epilogue: "requant", "float", "residual" or "heads" (with `heads` and `tokens`); "rows" for a residual with the
+            LayerNorm that follows in one kernel.
         m: rows of the input.
         n: output channels.
         k: input channels.
@@ -67,6 +69,14 @@ class LinearWork:
     def operations(self) -> int:
         """Multiplications and additions."""
         return 2 * self.m * self.n * self.k
+
+    @classmethod
+    def all_of_call(cls, op: str, args: Sequence[Any]) -> list[LinearWork]:
+        """The launches that such a call may make: where whole rows fit on chip, it has the choice."""
+        work = cls.of_call(op, args)
+        if op != "linear_residual_layernorm" or work.n > configs.MAX_ROW:
+            return [work]
+        return [work, replace(work, epilogue="rows")]
 
     @classmethod
     def of_call(cls, op: str, args: Sequence[Any]) -> LinearWork:
@@ -109,6 +119,6 @@ class Recorder(TorchDispatchMode):
         """Note a linear, run everything."""
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "lampq" and name in EPILOGUE_OF and isinstance(args[0], Tensor) and args[0].numel():
-            work = LinearWork.of_call(name, args)
-            self.works.setdefault(work.key, work)
+            for work in LinearWork.all_of_call(name, args):
+                self.works.setdefault(work.key, work)
         return func(*args, **(kwargs or {}))
