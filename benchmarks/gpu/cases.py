@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lampq_rt.kernels import reference
+from lampq_rt.kernels.gpu import configs
 
 LINEARS = ((197, 192, 576), (50, 768, 3072), (1576, 384, 384), (12, 3072, 768), (198, 128, 1000))
 
@@ -48,6 +49,9 @@ def _linear_cases(m: int, k: int, n: int, a_bits: int, w_bits: int) -> Iterator[
         yield f"requant packed {label}", "linear_requant", (*args, "gelu", 2.0, -2, 4, torch.int4)
     yield f"float {label}", "linear_float", (*args, "none", torch.float16)
     yield f"residual {label}", "linear_residual", (torch.randn(1, m, n).half(), *args)
+    if n <= configs.MAX_ROW:
+        tail = (torch.randn(n), torch.randn(n), 1e-6, 20.0, 3, 8, torch.int8)
+        yield f"residual+layernorm {label}", "linear_residual_layernorm", (torch.randn(1, m, n).half(), *args, *tail)
 
 
 def _attention_cases(batch: int, tokens: int, heads: int, head_dim: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:

@@ -42,6 +42,8 @@ PARTS = (
     Part("tune:deit_tiny_patch16_224:64", limit_s=180),
     Part("model:deit_tiny_patch16_224:64:max-autotune", 60, 240),
     Part("peers:vit_base_patch16_224:64", 60, 240),
+    Part("gemlite:vit_base_patch16_224:64", 60, 240),
+    Part("sageattention", limit_s=60),
     *(Part(f"model:{name}:{batch}:default", 40, 150) for name in MODELS for batch in (1, 8, 64, 256)),
 )
 
