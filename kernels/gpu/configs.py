@@ -7,7 +7,7 @@ small batches get from 64-row tiles and from splitting K.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import triton
 
@@ -59,7 +59,8 @@ LINEAR_CANDIDATES = tuple(
 )  # fmt: skip
 """What the tuner tries, before it drops what a GPU cannot hold."""
 
-SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm89": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
+SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm89": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024,
+                "gfx942": 64 * 1024}  # fmt: skip
 """Shared memory of one program, bytes."""
 
 MAX_ACCUMULATORS = 128
@@ -71,9 +72,14 @@ def feasible(config: LinearConfig, arch: str, a_bits: int = 8, w_bits: int = 8) 
     return config.shared_bytes(a_bits, w_bits) <= limit and config.accumulator_registers() <= MAX_ACCUMULATORS
 
 
+RULE = (LinearConfig(), LinearConfig(64, 128, 128, warps=4), LinearConfig(64, 64, 128, warps=4, stages=4))
+RULE_AMD = tuple(LinearConfig(m, n, 128, warps=w, stages=2) for m, n, w in ((128, 128, 8), (64, 128, 4), (64, 64, 4)))
+"""Largest first. 64 KB of LDS hold two stages; nothing of this has been measured on AMD."""
+
+
 def linear_config(m: int, n: int, k: int, processors: int, arch: str, a_bits: int = 8, w_bits: int = 8) -> LinearConfig:
     """The rule: the largest tile that still gives every processor one; K split where even the smallest does not."""
-    for config in (LinearConfig(), LinearConfig(64, 128, 128, warps=4), LinearConfig(64, 64, 128, warps=4, stages=4)):
+    for config in RULE_AMD if arch.startswith("gfx") else RULE:
         tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
         if tiles >= processors and feasible(config, arch, a_bits, w_bits):
             return config
@@ -81,8 +87,11 @@ def linear_config(m: int, n: int, k: int, processors: int, arch: str, a_bits: in
     split = 1
     while tiles * split * 2 <= processors and k // (split * 2) >= 384:
         split *= 2
-    stages = 4 if feasible(LinearConfig(64, 64, 128, warps=4, stages=4), arch, a_bits, w_bits) else 3
-    return LinearConfig(64, 64, 128, split_k=split, warps=4, stages=stages)
+    smallest = LinearConfig(64, 64, 128, split_k=split, warps=4, stages=4)
+    for stages in (4, 3) if not arch.startswith("gfx") else ():
+        if feasible(config := replace(smallest, stages=stages), arch, a_bits, w_bits):
+            return config
+    return replace(smallest, stages=2)
 
 
 @dataclass(frozen=True)
@@ -114,11 +123,24 @@ def column_tiles(tokens: int) -> tuple[int, int, int]:
     return best
 
 
-def attention_config(tokens: int, head_dim: int) -> AttentionConfig:
-    """On chip up to 256 tokens; 64 rows a program keep the logits within a thread's registers."""
+def attention_config(tokens: int, head_dim: int, arch: str) -> AttentionConfig:
+    """On chip up to 256 tokens; 64 rows a program keep the logits within a thread's registers.
+
+    On AMD always four warps, see `attention_options`.
+    """
     if tokens <= MAX_TOKENS_ON_CHIP:
         return AttentionConfig(64, column_tiles(tokens), True, 4)
-    return AttentionConfig(64, (LONG_TILE, 0, 0), False, 4 if head_dim <= 64 else 8)
+    return AttentionConfig(64, (LONG_TILE, 0, 0), False, 4 if head_dim <= 64 or arch.startswith("gfx") else 8)
+
+
+def attention_options(arch: str) -> dict[str, int]:
+    """What the compiler must be told beside the tile.
+
+    On AMD, 16x16 matrix instructions: four warps then have 16 of the 64 rows each in both products, and the codes of P
+    go from one to the other in registers. With 32x32 the second product splits rows and columns between warps, and P
+    passes through LDS in single bytes (112 `ds_write_b8` at 197 tokens).
+    """
+    return {"matrix_instr_nonkdim": 16} if arch.startswith("gfx") else {}
 
 
 def layernorm_blocks(width: int) -> tuple[int, int]:
