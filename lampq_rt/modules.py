@@ -6,7 +6,7 @@ container codes of activations lie on a device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -217,6 +217,8 @@ class IntegerPatchConv(nn.Module):
     def __init__(self, linear: IntegerLinear, patch: tuple[int, int]) -> None:
         super().__init__()
         self.linear, self.patch = linear, patch
+        # Codes are cut into patches before the product: two in a byte would be a pixel row's, not a patch's.
+        linear.input = replace(linear.input, packs=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """fp32 [B, C, H, W] to fp32 [B, N, H/ph, W/pw]; a remainder of H or W is left out, as a convolution does."""

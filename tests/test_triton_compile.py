@@ -175,9 +175,26 @@ def test_what_the_interpreter_runs_compiles(arch: str, group: str) -> None:
                 config = configs.LinearConfig(64, 64, 128, split_k=split, warps=4)
                 impl._launch_linear(linear.FLOAT, *case, out, config=config)
         if group == "models":
-            for model, plan, images in (*map(cases.model_case, cases.MODEL_BITS), cases.deit_block()):
+            for model, plan, images in (*(cases.model_case(*case) for case in cases.MODELS), cases.deit_block()):
                 lampq_rt.compile(model, plan, backend="triton")(images)
     assert launches
     for launch in {shape_of(launch): launch for launch in launches}.values():
         made = offline.compile_launch(launch)
         assert launch.name != "attention_kernel" or made.byte_accesses + made.byte_shared_stores == 0, launch
+
+
+def test_the_report_counts_and_predicts() -> None:
+    """One kernel of DeiT-Tiny through the whole report; the page says what is prediction."""
+    from benchmarks import compile_report, launches
+
+    case = ("sm90", "deit_tiny_patch16_224", "W8A8", 8)
+    started = {case: [s for s in launches.started(*case[1:], case[0]) if s.launch.name == "attention_kernel"]}
+    kernels = compile_report.compile_all(started)
+    (fact,) = (kernel.facts() for kernel in kernels.values())
+    assert fact["spills"] == 0 and fact["mix"]["matrix"] > 0 and fact["programs_per_processor"] >= 1
+    (row,) = compile_report.predictions(started, kernels)
+    assert row["W8A8"]["kernels"] == 12
+    assert row["W8A8"]["operations"] == 12 * 4 * 8 * 3 * 197**2 * 64
+    assert 0 < row["W8A8"]["floor_ms"] < row["W8A8"]["predicted_ms"]
+    page = "\n".join(compile_report.markdown([fact], [row]))
+    assert compile_report.PREDICTED in page and "ASSUMED" in page and "attention 64 rows" in page

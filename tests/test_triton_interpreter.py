@@ -106,9 +106,9 @@ def assert_model(model: nn.Module, plan: Plan, images: Tensor) -> None:
     assert (came - wanted).pow(2).mean().sqrt() <= 0.5 * noise
 
 
-@pytest.mark.parametrize("bits", cases.MODEL_BITS)
-def test_a_whole_model_runs_on_the_triton_path(bits: dict[str, int] | int) -> None:
-    assert_model(*cases.model_case(bits))
+@pytest.mark.parametrize(("bits", "input_bits"), cases.MODELS)
+def test_a_whole_model_runs_on_the_triton_path(bits: cases.Bits, input_bits: int | None) -> None:
+    assert_model(*cases.model_case(bits, input_bits))
 
 
 def test_one_deit_tiny_block_at_197_tokens() -> None:

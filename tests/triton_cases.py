@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lampq_rt.kernels import reference
 from lampq_rt.plan import Plan
+from lampq_rt.standin import stand_in_plan
 from tests.plans import range_plan, tiny_vit
 
 Case = tuple[str, tuple[Any, ...]]
@@ -32,7 +33,11 @@ QKV = ((2, 197, 2, 64), (1, 198, 1, 32), (2, 49, 2, 48), (2, 5, 1, 80), (1, 17, 
 QKV_BITS = ((8, 8), (4, 6))
 ATTENTION = tuple((n, d) for n in (1, 49, 197, 198, 256) for d in (32, 64, 72)) + ((300, 64),)
 """(tokens, head_dim); long rows are tried with one head size."""
-MODEL_BITS: tuple[dict[str, int] | int, ...] = (8, 4, {"default": 8, "fc1": 4, "fc2": 3, "proj": 16})
+Bits = dict[str, int] | int
+MODELS: tuple[tuple[Bits, int | None], ...] = (
+    (8, None), (4, None), (4, 4), ({"default": 8, "fc1": 4, "fc2": 3, "proj": 16}, None),
+)  # fmt: skip
+"""(bits of every site or by kind, bits of the linears' inputs where they differ)."""
 
 
 def codes(shape: tuple[int, ...], bits: int, *, weight: bool = False, seed: int = 0) -> Tensor:
@@ -100,11 +105,11 @@ def attention_cases(tokens: int, head_dim: int) -> Iterator[Case]:
     yield "attention", (q, k, v, *scales, 8, 1.0, 0, 16, torch.float32)
 
 
-def model_case(bits: dict[str, int] | int) -> tuple[nn.Module, Plan, Tensor]:
+def model_case(bits: Bits, input_bits: int | None) -> tuple[nn.Module, Plan, Tensor]:
     """A tiny model with LayerScale, its plan and two images."""
     model = tiny_vit(init_values=0.5)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    return model, range_plan(model, images, bits), images
+    return model, stand_in_plan(model, images, bits, input_bits=input_bits), images
 
 
 def deit_block() -> tuple[nn.Module, Plan, Tensor]:
