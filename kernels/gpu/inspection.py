@@ -77,7 +77,7 @@ class Compiled:
 def read_nvidia(arch: str, ptx: str, sass: str, shared_bytes: int) -> Compiled:
     """Count what matters in PTX (which still says the types) and SASS (which is what runs)."""
     registers = re.findall(r"\bR(\d+)\b", sass)
-    pattern = re.compile(r"^(\w+):|^\S+\t(?:@!?U?P\w+ )?([\w.]+)(?:.*?\b(LBB\d+))?", re.MULTILINE)
+    pattern = re.compile(r"^(LBB\d+):|^\S+\t(?:@!?U?P\w+ )?([\w.]+)(?:.*?\b(LBB\d+))?", re.MULTILINE)
     mix, loop_mix = _mixes(pattern.findall(sass), "BRA", 0)
     byte = r"\b{}\.{}(?:(?!\.v\d)\S)*\.[bus]8\b"
     return Compiled(
