@@ -107,17 +107,13 @@ def predictions(started: dict[Case, list[launches.Started]], kernels: dict[str, 
         machine = roofline.MACHINES[arch]
         if math.isnan(machine.bandwidth):  # no ceilings
             continue
-        floor, predicted = roofline.total_ms(
-            roofline.bf16_baseline(launches.shape_of(name), batch, machine), machine
-        )
+        floor, predicted = roofline.total_ms(roofline.bf16_baseline(launches.shape_of(name), batch, machine), machine)
         row: dict[str, Any] = {"machine": machine.name, "model": name, "batch": batch}
         row["bf16"] = {"floor_ms": floor, "predicted_ms": predicted}
         for form in (f for a, n, f, b in started if (a, n, b) == (arch, name, batch)):
-            works = [
-                launches.work_of(one, kernels[one.launch.key].made) for one in started[arch, name, form, batch]
-            ]
+            works = [launches.work_of(one, kernels[one.launch.key].made) for one in started[arch, name, form, batch]]
             floor, ours = roofline.total_ms(works, machine)
-            held = defaultdict(float)
+            held: dict[str, float] = defaultdict(float)
             for work in works:
                 held[roofline.limit(work, machine)] += work.count * roofline.floor_s(work, machine) * 1e3
             row[form] = {
@@ -173,6 +169,8 @@ def show(facts: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
         for row in table_rows([fact for fact in facts if fact["arch"] == arch]):
             table.add_row(*row[: len(COLUMNS)])
         console.print(table)
+    if not rows:
+        return
     header, lines = prediction_table(rows)
     table = Table(*header, title=f"milliseconds of one forward pass: {PREDICTED}")
     for line in lines:
@@ -205,6 +203,17 @@ def _markdown_table(header: list[str], lines: list[tuple[str, ...]] | list[list[
 
 def markdown(facts: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[str]:
     """The tables for a page."""
+    if rows:
+        yield from _predicted(rows)
+    for arch in dict.fromkeys(fact["arch"] for fact in facts):
+        yield f"\n## {arch}: counted in the assembly (Triton {triton.__version__})\n"
+        header = [*COLUMNS, *MIX]
+        yield from _markdown_table(header, list(table_rows([fact for fact in facts if fact["arch"] == arch])))
+    yield ""
+
+
+def _predicted(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Assumptions, then what follows from them."""
     yield f"\n## Milliseconds: {PREDICTED}\n"
     yield "ASSUMED ceilings (none was measured):\n"
     header = ["machine", "TB/s", "int8 TOP/s", "bf16 TFLOP/s", "processors", "GHz", "gap µs", "efficiency", "from"]
@@ -217,11 +226,6 @@ def markdown(facts: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterato
     yield from _markdown_table(header, lines)
     yield f"\nOne forward pass; every time and ratio below is {PREDICTED}:\n"
     yield from _markdown_table(*prediction_table(rows))
-    for arch in dict.fromkeys(fact["arch"] for fact in facts):
-        yield f"\n## {arch}: counted in the assembly (Triton {triton.__version__})\n"
-        header = [*COLUMNS, *MIX]
-        yield from _markdown_table(header, list(table_rows([fact for fact in facts if fact["arch"] == arch])))
-    yield ""
 
 
 def _command() -> typer.Typer:

@@ -37,6 +37,7 @@ some_kernel:
 \tds_read_u8 v3, v1
 \ts_cbranch_scc1 .LBB0_1
 \tbuffer_store_byte v1, v2, s[0:3], 0 offen
+\tglobal_load_ushort v6, v[0:1], off
 \tscratch_store_dword off, v1, s32
 \ts_endpgm
 .Lfunc_end0:
@@ -58,6 +59,6 @@ def test_amd() -> None:
     made = read_amd("gfx942", AMD, 1024)
     assert (made.wgmma, made.mma, made.mfma) == (0, 0, 1)
     assert (made.byte_accesses, made.byte_shared_stores, made.byte_shared_loads) == (1, 1, 1)
-    assert made.load_bytes == (16,) and made.store_bytes == (1,)
-    assert (made.spills, made.registers, made.instructions) == (1, 96, 8)
+    assert made.load_bytes == (16, 2) and made.store_bytes == (1,)
+    assert (made.spills, made.registers, made.instructions) == (1, 96, 9)
     assert made.loop_mix == {"matrix": 1, "shared store": 1, "shared load": 1, "other": 1}

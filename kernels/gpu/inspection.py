@@ -124,9 +124,7 @@ def read_amd(arch: str, text: str, shared_bytes: int) -> Compiled:
 
 def _mixes(lines: Iterable[tuple[str, str, str]], branch: str, side: int) -> tuple[dict[str, int], dict[str, int]]:
     """Instructions by class, all and within loops, of (label, opcode, target) lines; `side` picks from `CLASSES`."""
-    patterns = [
-        (name, re.compile(f"(?:{both[side]})$" if side == 0 else both[side])) for name, both in CLASSES.items()
-    ]
+    patterns = [(name, re.compile(f"(?:{both[side]})$" if side == 0 else both[side])) for name, both in CLASSES.items()]
     labels: dict[str, int] = {}
     names: list[str] = []
     inside: set[int] = set()
@@ -153,6 +151,6 @@ def _copies(ptx: str) -> tuple[int, ...]:
 
 
 def _amd_widths(access: str, code: str) -> tuple[int, ...]:
-    found = re.findall(rf"\b(?:global|buffer|flat)_{access}_([us]?(?:byte|short)|dword)(?:x(\d))?", code)
+    found = re.findall(rf"\b(?:global|buffer|flat)_{access}_[us]?(byte|short|dword)(?:x(\d))?", code)
     sizes = {"byte": 1, "short": 2, "dword": 4}
-    return tuple(sizes[kind.lstrip("us") if kind != "short" else kind] * int(count or 1) for kind, count in found)
+    return tuple(sizes[kind] * int(count or 1) for kind, count in found)
