@@ -1,94 +1,251 @@
 """The Triton kernels compiled for GPUs that are not there: is each what it is meant to be?
 
-PTX and SASS must hold the int8 matrix instruction of the architecture, wide global accesses, no access of single bytes
-and no spills. A kernel that computes the right numbers another way would pass every other test and be slow.
+The assembly must hold the int8 matrix instruction of the architecture, wide global accesses, no access of single bytes
+and no spills. A kernel that computes the right numbers another way would pass every other test and be slow. And every
+shape that is run in the interpreter must compile.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's kernels cannot be compiled"
 )
 triton = pytest.importorskip("triton")
 
-from lampq_rt.kernels.gpu import configs, offline  # noqa: E402
+import lampq_rt  # noqa: E402
+from lampq_rt.kernels import reference  # noqa: E402
+from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline  # noqa: E402
+from tests import triton_cases as cases  # noqa: E402
 
-ARCHITECTURES = (80, 89, 90, 100)
-"""For the kernel that matters most; sm_89 and sm_100 get the same code from Triton as sm_80 elsewhere."""
+ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100", "gfx942")
+"""For the kernels that matter most; sm89 and sm100 get the same code from Triton as sm80 elsewhere."""
 
-LIMITS = {80: "sm80", 89: "sm89", 90: "sm90", 100: "sm100"}
 LARGE = configs.LinearConfig()
 SMALL = configs.LinearConfig(64, 64, 128, warps=4, stages=4)
+COLUMNS = {"requant": 3072, "gelu": 3072, "residual": 768, "float": 768, "heads": 2304}
+"""Of ViT-Base's linears, by epilogue."""
 
 
-def check(made: offline.Compiled, arch: int, *, matrix: bool = True, load: int = 16, store: int = 16) -> None:
+def check(launch: offline.Launch, *, matrix: bool = True, load: int = 16, store: int = 16) -> inspection.Compiled:
     """What every kernel must have."""
-    assert made.byte_accesses == 0, made
+    made = offline.compile_launch(launch)
+    assert made.byte_accesses == made.byte_shared_stores == 0, made
+    # AMD transposes v through LDS: wide stores, loads of single bytes.
+    assert made.byte_shared_loads == 0 or (made.mfma and launch.values.get("EPILOGUE") == linear.HEADS.value), made
     assert made.spills == 0, made
-    assert made.shared_bytes <= configs.SHARED_LIMIT[LIMITS[arch]], made
+    assert made.shared_bytes <= configs.SHARED_LIMIT[made.arch], made
     assert max(made.load_bytes) >= load and max(made.store_bytes) >= store, made
     if matrix:
-        assert (made.wgmma if arch == 90 else made.mma) > 0, made
+        assert {"sm90": made.wgmma, "gfx942": made.mfma}.get(made.arch, made.mma) > 0, made
+    return made
+
+
+def linear_launch(
+    arch: str, epilogue: str, config: configs.LinearConfig, a_bits: int = 8, w_bits: int = 8, heads: int = 12
+) -> offline.Launch:
+    """A linear of ViT-Base (with 12 heads) at batch 64; "gelu" packs its codes where its input is packed."""
+    gelu = epilogue == "gelu"
+    width, n, m = 64 * heads, COLUMNS[epilogue] * heads // 12, 64 * 197
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x_q, w_q = empty(m, width // (8 // a_bits)), empty(n, width)
+    if w_bits == 4:
+        w_q = empty(n, width // 2, dtype=torch.uint8)
+    vector, column = empty(n, dtype=torch.float32), empty(n, dtype=torch.int32)
+    options: dict[str, Any] = {"gelu": gelu, "config": config}
+    out = empty(m, n, dtype=torch.float16 if epilogue in ("float", "residual") else torch.int8)
+    if gelu and a_bits == 4:
+        options |= {"out_packed": True, "codes": (-8, 7)}
+    if epilogue == "heads":
+        options |= {"k": out, "v": out, "step": vector, "layout": (64, 197, heads, 64)}
+    number = {"requant": 0, "gelu": 0, "float": 1, "residual": 2, "heads": 3}[epilogue]
+    with offline.recording(arch) as launches:
+        impl._launch_linear(triton.language.constexpr(number), x_q, w_q, vector, column, vector, out, **options)
+    return launches[0]
+
+
+def small(arch: str) -> configs.LinearConfig:
+    """A tile of 64 rows, with as many stages as the memory holds."""
+    return configs.RULE_AMD[-1] if arch.startswith("gfx") else SMALL
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("config", [LARGE, SMALL], ids=["128x128", "64x64"])
-@pytest.mark.parametrize("epilogue", ["requant", "gelu", "residual", "float", "heads"])
-def test_linear_int8(arch: int, config: configs.LinearConfig, epilogue: str) -> None:
-    gelu = epilogue == "gelu"
-    check(offline.compile_linear(arch, "requant" if gelu else epilogue, config, gelu=gelu), arch, store=8)
+@pytest.mark.parametrize("epilogue", COLUMNS)
+def test_linear_int8(arch: str, epilogue: str) -> None:
+    large = configs.RULE_AMD[0] if arch.startswith("gfx") else LARGE
+    check(linear_launch(arch, epilogue, large), store=4)
+    if arch in ("sm90", "gfx942"):
+        check(linear_launch(arch, epilogue, small(arch)), store=4)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("a_packed", [False, True], ids=["a8", "a4"])
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
+@pytest.mark.parametrize("a_bits", [8, 4])
 @pytest.mark.parametrize("epilogue", ["gelu", "residual", "heads"])
-def test_linear_int4(arch: int, a_packed: bool, epilogue: str) -> None:
-    gelu = epilogue == "gelu"
-    made = offline.compile_linear(
-        arch, "requant" if gelu else epilogue, SMALL, a_packed=a_packed, b_packed=True, out_packed=gelu, gelu=gelu
-    )
-    check(made, arch, load=8, store=4)
+def test_linear_int4(arch: str, a_bits: int, epilogue: str) -> None:
+    check(linear_launch(arch, epilogue, small(arch), a_bits, 4), load=8, store=4)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_split_k(arch: int) -> None:
-    config = configs.LinearConfig(64, 64, 128, split_k=4, warps=4)
-    check(offline.compile_linear(arch, "residual", config), arch)
+def test_split_k(arch: str) -> None:
+    check(linear_launch(arch, "residual", configs.LinearConfig(64, 64, 128, split_k=4, warps=4, stages=2)), store=4)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
+def test_three_heads_are_stored_in_wide_pieces(arch: str) -> None:
+    """DeiT-Tiny: columns of a tile belong to heads of q and of k."""
+    check(linear_launch(arch, "heads", configs.linear_config(12608, 576, 192, 132, arch), heads=3))
+
+
+def attention_launches(
+    arch: str, tokens: int, head_dim: int, dtype: torch.dtype = torch.int8, p: tuple[int, str] = (8, "rowmax")
+) -> list[offline.Launch]:
+    q, v = ((64, 12, tokens, head_dim), (64, 12, head_dim, reference.padded_tokens(tokens)))
+    codes = [torch.empty(shape, dtype=torch.int8, device="meta") for shape in (q, q, v)]
+    scale, bits = torch.empty(12, device="meta"), 4 if dtype == torch.int4 else 8
+    with offline.recording(arch) as launches:
+        impl.attention(*codes, scale, scale, *p, 1.0, 0, bits, dtype)
+    return launches
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
 @pytest.mark.parametrize(("tokens", "head_dim"), [(49, 32), (197, 64), (197, 80), (256, 64), (577, 64), (577, 128)])
-def test_attention(arch: int, tokens: int, head_dim: int) -> None:
-    check(offline.compile_attention(arch, tokens, head_dim), arch, store=8)
+def test_attention(arch: str, tokens: int, head_dim: int) -> None:
+    # AMD loads 49 x 32 codes with 256 threads in pieces of 8 bytes.
+    for launch in attention_launches(arch, tokens, head_dim):
+        check(launch, load=8 if tokens < 64 else 16, store=4 if arch == "gfx942" else 8)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100"])
 @pytest.mark.parametrize(
     ("tokens", "head_dim"), [(49, 32), (197, 64), (197, 80), (256, 64), (256, 96), (256, 128), (577, 64), (577, 128)]
 )
-def test_attention_log2(arch: int, tokens: int, head_dim: int) -> None:
-    made = offline.compile_attention(arch, tokens, head_dim, p_bits=4, p_scheme="log2")
-    check(made, arch, store=8)
-    assert (made.wgmma_fp16 if arch == 90 else made.mma_fp16) > 0, made
+def test_attention_log2(arch: str, tokens: int, head_dim: int) -> None:
+    for launch in attention_launches(arch, tokens, head_dim, p=(4, "log2")):
+        assert check(launch, load=8 if tokens < 64 else 16, store=8).fp16_matrix > 0
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 72, 80, 128])
+def test_heads(arch: str, head_dim: int) -> None:
+    steps, weight = torch.empty(36 * head_dim, device="meta"), torch.empty(head_dim, device="meta")
+    for dtype in (torch.float16, torch.float32):
+        qkv = torch.empty(64, 197, 36 * head_dim, dtype=dtype, device="meta")
+        for norm in ((True, weight, weight, weight, weight), (False, None, None, None, None)):
+            with offline.recording(arch) as launches:
+                impl.heads_quantize(qkv, *norm, 1e-6, 12, steps, 8, 8)
+            for launch in launches:
+                assert min(check(launch, matrix=False, store=8).store_bytes) >= 8
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("width", [192, 384])
+@pytest.mark.parametrize(("a_bits", "w_bits"), [(8, 8), (8, 4), (4, 4)])
+def test_linear_and_layernorm_in_one_kernel(arch: str, width: int, a_bits: int, w_bits: int) -> None:
+    """The first configuration of the list that fits, which no table need prefer."""
+    fitting = [c for c in configs.ROWS_CANDIDATES if configs.rows_feasible(c, width, arch, a_bits, w_bits)]
+    case = cases.linear_case((64, 4 * width, width), a_bits, w_bits)
+    tail = (torch.empty(width), torch.empty(width), 1e-6, 20.0, 3)
+    codes = (4, torch.int4) if a_bits == 4 else (8, torch.int8)
+    with offline.recording(arch) as launches:
+        cases.in_one_kernel((torch.empty(1, 64, width, dtype=torch.float16), *case, *tail, *codes), fitting[0])
+    check(launches[0], store=16)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("packed", [False, True], ids=["int8", "int4"])
-def test_attention_and_layernorm_pack(arch: int, packed: bool) -> None:
-    check(offline.compile_attention(arch, 197, packed=packed), arch, store=8)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int4], ids=["int8", "int4"])
+def test_attention_and_layernorm_pack(arch: str, dtype: torch.dtype) -> None:
+    for launch in attention_launches(arch, 197, 64, dtype):
+        check(launch, store=4)
     for width in (192, 768):
-        check(offline.compile_layernorm(arch, width, packed=packed), arch, matrix=False, store=4 if packed else 8)
+        x, weight = torch.empty(12608, width, dtype=torch.float16, device="meta"), torch.empty(width, device="meta")
+        with offline.recording(arch) as launches:
+            impl.layernorm_quantize(x, weight, weight, 1e-6, 1.0, 0, 4 if dtype == torch.int4 else 8, dtype)
+        check(launches[0], matrix=False, load=8, store=4)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("x", ["*fp16", "*fp32"])
-@pytest.mark.parametrize("head_dim", [32, 48, 64, 72, 80, 128])
-def test_heads(arch: int, x: str, head_dim: int) -> None:
-    for norm in (True, False):
-        made = offline.compile_heads(arch, head_dim, norm=norm, x=x)
-        check(made, arch, matrix=False)
-        assert min(made.store_bytes) >= 8, made
+ARITHMETIC = {"LOW", "HIGH", "V_LOW", "V_HIGH", "GELU", "HAS_BIAS", "HAS_WEIGHT", "P_BITS"}
+"""Constants of the kernels that change no shape."""
+
+
+def shape_of(launch: offline.Launch) -> str:
+    """Equal for launches whose blocks, containers and divisible sizes are the same."""
+    names = launch.kernel.arg_names
+    constants = {names[path[0]]: getattr(value, "value", value) for path, value in launch.constants.items()}
+    constants = {name: value for name, value in constants.items() if name not in ARITHMETIC}
+    aligned = sorted(names[path[0]] for path in launch.attributes if not names[path[0]].endswith("_ptr"))
+    return repr((launch.name, constants, aligned, launch.warps))
+
+
+def interpreted(group: str) -> Iterator[cases.Case]:
+    """The calls of `test_triton_interpreter.py`."""
+    if group == "layernorm":
+        for bits, dtype in cases.QUANTIZE:
+            yield from cases.quantize_cases(bits, dtype)
+    elif group == "qkv":
+        yield from (cases.qkv_case(case, bits) for case in cases.QKV for bits in cases.QKV_BITS)
+    elif group == "attention":
+        for tokens, head_dim in cases.ATTENTION:
+            yield from cases.attention_cases(tokens, head_dim)
+    elif group == "heads":
+        for tokens, head_dim in cases.HEADS:
+            for affine in cases.AFFINE:
+                yield from cases.heads_cases(tokens, head_dim, affine)
+    elif group.startswith("linear"):
+        for shape in cases.LINEARS:
+            for w_bits in cases.W_BITS:
+                yield from cases.linear_cases(shape, int(group[-1]), w_bits)
+
+
+@pytest.mark.parametrize("arch", ["sm90", "gfx942"])
+@pytest.mark.parametrize(
+    "group", ["layernorm", "linear8", "linear4", "qkv", "heads", "attention", "split", "rows", "models"]
+)
+def test_what_the_interpreter_runs_compiles(arch: str, group: str) -> None:
+    with offline.recording(arch) as launches:
+        for name, args in interpreted(group):
+            getattr(impl, name)(*args)
+        if group == "split":
+            case, out = cases.linear_case((70, 768, 192), 8, 8), torch.empty(1, 70, 192)
+            for split in cases.SPLITS:
+                config = configs.LinearConfig(64, 64, 128, split_k=split, warps=4)
+                impl._launch_linear(linear.FLOAT, *case, out, config=config)
+        if group == "rows":
+            for shape in cases.ROWS:
+                for bits in cases.ROWS_BITS:
+                    all_ = configs.ROWS_CANDIDATES
+                    fitting = [c for c in all_ if configs.rows_feasible(c, shape[2], arch, *bits[:2])]
+                    for _, args in cases.rows_cases(shape, bits):
+                        cases.in_one_kernel(args, fitting[0])
+        if group == "models":
+            for model, plan, images in (*(cases.model_case(*case) for case in cases.MODELS), cases.deit_block()):
+                lampq_rt.compile(model, plan, backend="triton")(images)
+    assert launches
+    for launch in {shape_of(launch): launch for launch in launches}.values():
+        made = offline.compile_launch(launch)
+        assert launch.name != "attention_kernel" or made.byte_accesses + made.byte_shared_stores == 0, launch
+
+
+def test_the_report_counts_and_predicts() -> None:
+    """One kernel of DeiT-Tiny through the whole report; the page says what is prediction."""
+    from benchmarks import compile_report, launches
+
+    case = ("sm90", "deit_tiny_patch16_224", "W8A8", 8)
+    started = {case: [s for s in launches.started(*case[1:], case[0]) if s.launch.name == "attention_kernel"]}
+    kernels = compile_report.compile_all(started)
+    (fact,) = (kernel.facts() for kernel in kernels.values())
+    assert fact["spills"] == 0 and fact["mix"]["matrix"] > 0 and fact["programs_per_processor"] >= 1
+    (row,) = compile_report.predictions(started, kernels)
+    assert row["W8A8"]["kernels"] == 12
+    assert row["W8A8"]["operations"] == 12 * 4 * 8 * 3 * 197**2 * 64
+    assert 0 < row["W8A8"]["floor_ms"] < row["W8A8"]["predicted_ms"]
+    page = "\n".join(compile_report.markdown([fact], [row]))
+    assert compile_report.PREDICTED in page and "ASSUMED" in page and "attention 64 rows" in page

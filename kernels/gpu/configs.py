@@ -59,7 +59,8 @@ LINEAR_CANDIDATES = tuple(
 )  # fmt: skip
 """What the tuner tries, before it drops what a GPU cannot hold."""
 
-SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm89": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
+SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm89": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024,
+                "gfx942": 64 * 1024}  # fmt: skip
 """Shared memory of one program, bytes."""
 
 MAX_ACCUMULATORS = 128
@@ -72,9 +73,14 @@ def feasible(config: LinearConfig, arch: str, a_bits: int = 8, w_bits: int = 8) 
     return config.shared_bytes(a_bits, w_bits) <= limit and config.accumulator_registers() <= MAX_ACCUMULATORS
 
 
+RULE = (LinearConfig(), LinearConfig(64, 128, 128, warps=4), LinearConfig(64, 64, 128, warps=4, stages=4))
+RULE_AMD = tuple(LinearConfig(m, n, 128, warps=w, stages=2) for m, n, w in ((128, 128, 8), (64, 128, 4), (64, 64, 4)))
+"""Largest first. 64 KB of LDS hold two stages; nothing of this has been measured on AMD."""
+
+
 def linear_config(m: int, n: int, k: int, processors: int, arch: str, a_bits: int = 8, w_bits: int = 8) -> LinearConfig:
     """The rule: the largest tile that still gives every processor one; K split where even the smallest does not."""
-    for config in (LinearConfig(), LinearConfig(64, 128, 128, warps=4), LinearConfig(64, 64, 128, warps=4, stages=4)):
+    for config in RULE_AMD if arch.startswith("gfx") else RULE:
         tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
         if tiles >= processors and feasible(config, arch, a_bits, w_bits):
             return config
@@ -82,8 +88,11 @@ def linear_config(m: int, n: int, k: int, processors: int, arch: str, a_bits: in
     split = 1
     while tiles * split * 2 <= processors and k // (split * 2) >= 384:
         split *= 2
-    stages = 4 if feasible(LinearConfig(64, 64, 128, warps=4, stages=4), arch, a_bits, w_bits) else 3
-    return LinearConfig(64, 64, 128, split_k=split, warps=4, stages=stages)
+    smallest = LinearConfig(64, 64, 128, split_k=split, warps=4, stages=4)
+    for stages in (4, 3) if not arch.startswith("gfx") else ():
+        if feasible(config := replace(smallest, stages=stages), arch, a_bits, w_bits):
+            return config
+    return replace(smallest, stages=2)
 
 
 MAX_ROW = 512
@@ -91,8 +100,10 @@ MAX_ROW = 512
 
 ROWS_CANDIDATES = tuple(
     LinearConfig(m, MAX_ROW, k, warps=w, stages=s)
-    for m, k, w, s in ((64, 128, 8, 3), (64, 64, 8, 4), (64, 128, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2))
-)
+    for m, k, w, s in (
+        (64, 128, 8, 3), (64, 64, 8, 4), (64, 128, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2),
+    )
+)  # fmt: skip
 """What the tuner tries for it; block_n stands for the whole row, whatever its width."""
 
 
@@ -139,18 +150,29 @@ def column_tiles(tokens: int) -> tuple[int, int, int]:
     return best
 
 
-def attention_config(tokens: int, head_dim: int, p_scheme: str = "rowmax") -> AttentionConfig:
+def attention_config(tokens: int, head_dim: int, arch: str, p_scheme: str = "rowmax") -> AttentionConfig:
     """On chip up to 256 tokens; 64 rows a program keep the logits within a thread's registers.
 
     With fp16 weights of P ("log2") beside them, one tile of 256 columns needs twice as many threads, or two passes
-    where heads are wide.
+    where heads are wide. On AMD always four warps, see `attention_options`.
     """
+    amd = arch.startswith("gfx")
     if tokens <= MAX_TOKENS_ON_CHIP:
         tiles = column_tiles(tokens)
         crowded = p_scheme == "log2" and tiles[0] == 256
         if not crowded or head_dim <= 96:
-            return AttentionConfig(64, tiles, True, 8 if crowded else 4)
-    return AttentionConfig(64, (LONG_TILE, 0, 0), False, 4 if head_dim <= 64 else 8)
+            return AttentionConfig(64, tiles, True, 8 if crowded and not amd else 4)
+    return AttentionConfig(64, (LONG_TILE, 0, 0), False, 4 if head_dim <= 64 or amd else 8)
+
+
+def attention_options(arch: str) -> dict[str, int]:
+    """What the compiler must be told beside the tile.
+
+    On AMD, 16x16 matrix instructions: four warps then have 16 of the 64 rows each in both products, and the codes of P
+    go from one to the other in registers. With 32x32 the second product splits rows and columns between warps, and P
+    passes through LDS in single bytes (112 `ds_write_b8` at 197 tokens).
+    """
+    return {"matrix_instr_nonkdim": 16} if arch.startswith("gfx") else {}
 
 
 def layernorm_blocks(width: int) -> tuple[int, int]:

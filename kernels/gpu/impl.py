@@ -29,12 +29,16 @@ NAMES = ("requant", "float", "residual", "heads")
 
 @cache
 def _device(index: int | None) -> tuple[str, int, bool]:
-    """(architecture, processors, whether PTX may be used) of a GPU; an H100's in the interpreter."""
+    """(architecture, processors, whether PTX may be used) of a GPU; an H100's in the interpreter.
+
+    The architecture is "sm90" and the like, on AMD "gfx942" and the like: the names of `configs` and the tables.
+    """
     if index is None or os.environ.get("TRITON_INTERPRET") == "1":
         return "sm90", 132, False
     properties = torch.cuda.get_device_properties(index)
-    nvidia = torch.version.hip is None
-    return f"sm{properties.major}{properties.minor}", properties.multi_processor_count, nvidia
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count, False
+    return f"sm{properties.major}{properties.minor}", properties.multi_processor_count, True
 
 
 def architecture(index: int) -> str:
@@ -331,13 +335,14 @@ def attention(
     unit = reference.softmax_unit(p_bits, p_scheme)
     batch, heads, tokens, head_dim = q.shape
     out = _empty(q, (batch, tokens, heads * head_dim), dtype)
-    config = configs.attention_config(tokens, head_dim, p_scheme)
+    arch, _, ptx = _of(q)
+    config = configs.attention_config(tokens, head_dim, arch, p_scheme)
     floating = out_bits == reference.FLOAT_BITS
     attention_kernel[(triton.cdiv(tokens, config.block_m), batch * heads)](
         q, k, v, logit_scale, v_scale, _bytes(out), tokens, v.shape[-1], out_inv_scale, float(out_zero_point),
         heads, head_dim, p_bits, unit, p_scheme == "log2", *(FULL if floating else reference.code_range(out_bits)),
-        floating, dtype == reference.INT4, _of(q)[2],
+        floating, dtype == reference.INT4, ptx,
         config.block_m, max(32, triton.next_power_of_2(head_dim)), *config.tiles, config.on_chip,
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, **configs.attention_options(arch),
     )  # fmt: skip
     return out

@@ -104,7 +104,8 @@ def _store_heads(
         tl.store(v_ptr + v_place, transposed, mask=v_mask)
     else:
         image_of, token = rows // TOKENS, rows % TOKENS
-        head, j = (columns % width) // HEAD_DIM, columns % HEAD_DIM
+        # In this order the compiler sees that HEAD_DIM columns share a head; else 3 heads of 64 store single bytes.
+        head, j = (columns // HEAD_DIM) % HEADS_, columns % HEAD_DIM
         row_place = (image_of * HEADS_ * TOKENS + token).to(tl.int64) * HEAD_DIM
         place = row_place[:, None] + (head * HEAD_DIM)[None, :].to(tl.int64) * TOKENS + j[None, :]
         is_q = columns < width

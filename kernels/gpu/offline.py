@@ -1,203 +1,127 @@
-"""Compiles a kernel for a GPU that is not there, and reads what the compiler made of it.
+"""Compiles the kernels for a GPU that is not there.
 
-Triton's compiler needs no device: PTX and SASS for sm_80, sm_89, sm_90 and sm_100 come out of it on any machine. From
-them tests and `benchmarks.compile_report` read what a speed depends on: which matrix instruction, how wide the loads
-and stores, what was spilled.
+Triton's compiler needs no device: PTX and SASS for NVIDIA, and AMD's assembly, come out of it on any machine. What is
+compiled is what the launchers of `impl` start: `recording` puts a list in the place of the GPU, so a launch is kept
+with its arguments, grid and options instead of being run. `inspection` then reads what a speed depends on.
+
+    with recording("sm90") as launches:
+        impl.attention(q, k, v, ...)          # tensors on the meta device will do
+    made = compile_launch(launches[0])
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from lampq_rt.kernels import reference
-from lampq_rt.kernels.gpu import attention, configs, heads, layernorm, linear, rows
+from lampq_rt.kernels.gpu import impl, linear
+from lampq_rt.kernels.gpu.inspection import Compiled, read_amd, read_nvidia
 
-POINTERS = {
-    "scale_ptr": "*fp32", "column_ptr": "*i32", "bias_ptr": "*fp32", "step_ptr": "*fp32", "partial_ptr": "*i32",
-    "lock_ptr": "*i32", "weight_ptr": "*fp32", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32",
-    "logit_scale_ptr": "*fp32", "v_scale_ptr": "*fp32",
-}  # fmt: skip
-"""Element types of pointers that are not int8 codes."""
-
-FLOATS = ("inv_scale", "zero_point", "eps")
-MULTIPLES_OF_16 = ("N", "K", "D", "PADDED")
-"""Sizes that the launcher's specialisation finds to be multiples of 16 for every ViT."""
+PROCESSORS = {"sm80": 108, "sm89": 58, "sm90": 132, "sm100": 148, "gfx942": 304}
+"""What can be compiled for, with the processors of A100, L4, H100, B200 and MI300X."""
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of one kernel.
+class Launch:
+    """One start of a kernel that was kept instead of run.
 
     Attributes:
-        wgmma: `wgmma …s32.s8.s8` instructions (Hopper).
-        mma: `mma.sync …s8` instructions.
-        wgmma_fp16, mma_fp16: the same of fp16 operands with fp32 sums.
-        byte_accesses: loads and stores of single bytes, global or shared.
-        load_bytes, store_bytes: widths of the global accesses, in bytes.
-        spills: local-memory instructions in SASS.
-        shared_bytes: shared memory of one program.
-        registers: of one thread.
-        instructions: in SASS.
+        arch: as in `PROCESSORS`.
+        kernel: the `triton.jit` function.
+        grid: programs.
+        values: arguments that are numbers, by the kernel's names.
+        signature, constants, attributes: what the compiler sees, as the launcher would specialise it.
+        options: warps, stages and what the backend takes beside them.
     """
 
-    wgmma: int
-    mma: int
-    wgmma_fp16: int
-    mma_fp16: int
-    byte_accesses: int
-    load_bytes: tuple[int, ...]
-    store_bytes: tuple[int, ...]
-    spills: int
-    shared_bytes: int
-    registers: int
-    instructions: int
+    arch: str
+    kernel: Any = field(repr=False)
+    grid: tuple[int, ...]
+    values: Mapping[str, Any]
+    signature: Mapping[str, str] = field(repr=False)
+    constants: Mapping[Any, Any] = field(repr=False)
+    attributes: Mapping[Any, Any] = field(repr=False)
+    options: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(self.kernel.__name__)
+
+    @property
+    def warps(self) -> int:
+        """Of one program."""
+        return int(self.options["num_warps"])
+
+    @property
+    def programs(self) -> int:
+        """That one launch starts."""
+        count = 1
+        for size in self.grid:
+            count *= size
+        return count
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that run the same binary."""
+        constants = {path: getattr(value, "value", value) for path, value in self.constants.items()}
+        parts = (self.arch, self.name, self.signature, constants, self.attributes, self.options)
+        return repr(parts)
 
 
-def compile_kernel(
-    kernel: Any, constants: Mapping[str, Any], pointers: Mapping[str, str], arch: int, warps: int, stages: int
-) -> Compiled:
-    """Compile `kernel` for sm_`arch`.
+def target_of(arch: str) -> GPUTarget:
+    """Triton's target.
 
-    Args:
-        kernel: a `triton.jit` function (not decorated under TRITON_INTERPRET=1).
-        constants: its constexpr arguments.
-        pointers: element types of pointers that differ from `POINTERS` and int8.
-        arch: 80, 89, 90, 100.
-        warps: of a program.
-        stages: of the load pipeline.
+    Raises:
+        ValueError: nothing is compiled for `arch`.
     """
-    names = kernel.arg_names
-    types = {**POINTERS, **pointers}
-
-    def type_of(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name.endswith("_ptr"):
-            return types.get(name, "*i8")
-        return "fp32" if name in FLOATS else "i32"
-
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name not in constants and (name.endswith("_ptr") or name in MULTIPLES_OF_16)
-    }
-    indexed = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, {name: type_of(name) for name in names}, indexed, aligned)
-    made = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
-    )
-    return _read(made.asm["ptx"], made.asm["sass"], made.metadata.shared)
+    if arch not in PROCESSORS:
+        raise ValueError(f"unknown architecture {arch!r}; allowed: {', '.join(PROCESSORS)}")
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[2:]), 32)
 
 
-def _read(ptx: str, sass: str, shared_bytes: int) -> Compiled:
-    """Count what matters in the text."""
-    registers = re.findall(r"\bR(\d+)\b", sass)
-    return Compiled(
-        wgmma=len(re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8", ptx)),
-        mma=len(re.findall(r"mma\.sync\S*\.s8\.s8", ptx)),
-        wgmma_fp16=len(re.findall(r"wgmma\.mma_async\S*\.f32\.f16\.f16", ptx)),
-        mma_fp16=len(re.findall(r"mma\.sync\S*\.f32\.f16\.f16\.f32", ptx)),
-        byte_accesses=len(re.findall(r"\b(?:ld|st)\.(?:global|shared)(?:(?!\.v\d)\S)*\.[bus]8\b", ptx)),
-        load_bytes=_widths(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx) + _copies(ptx),
-        store_bytes=_widths(r"st\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        shared_bytes=shared_bytes,
-        registers=max((int(r) for r in registers), default=0) + 1,
-        instructions=len(re.findall(r"\t\S.*;$", sass, re.MULTILINE)),
-    )
+@contextmanager
+def recording(arch: str) -> Iterator[list[Launch]]:
+    """Within it, every launch is kept in the list that is given, as if on a GPU of `arch`, and nothing runs."""
+    target = target_of(arch)
+    backend = make_backend(target)
+    launches: list[Launch] = []
+
+    def keep(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialisation, rest = binder(*args, **options)
+        parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialisation, rest)
+        values = {name: getattr(value, "value", value) for name, value in bound.items()}
+        values = {name: value for name, value in values.items() if isinstance(value, (bool, int, float))}
+        launches.append(Launch(arch, kernel, grid, values, signature, constants, attributes, parsed.__dict__))
+
+    run, device = JITFunction.run, impl._device
+    try:
+        JITFunction.run = keep
+        impl._device = lambda index: (arch, PROCESSORS[arch], target.backend == "cuda")  # type: ignore[assignment]
+        yield launches
+    finally:
+        JITFunction.run, impl._device = run, device
 
 
-def _widths(pattern: str, ptx: str) -> tuple[int, ...]:
-    return tuple(int(vector or 1) * int(bits) // 8 for vector, bits in re.findall(pattern, ptx))
+def compile_launch(launch: Launch) -> Compiled:
+    """Compile what `launch` would have run; Triton's cache makes the second time quick."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    target = target_of(launch.arch)
+    made = triton.compile(source, target=target, options=dict(launch.options))
+    if target.backend == "hip":
+        return read_amd(launch.arch, made.asm["amdgcn"], made.metadata.shared)
+    return read_nvidia(launch.arch, made.asm["ptx"], made.asm["sass"], made.metadata.shared)
 
 
-def _copies(ptx: str) -> tuple[int, ...]:
-    """Bytes of the asynchronous copies from global to shared memory."""
-    return tuple(int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\S* \[[^]]+\], \[[^]]+\], (0x[0-9a-f]+)", ptx))
-
-
-def compile_linear(
-    arch: int,
-    epilogue: str,
-    config: configs.LinearConfig,
-    *,
-    a_packed: bool = False,
-    b_packed: bool = False,
-    out_packed: bool = False,
-    gelu: bool = False,
-    head_dim: int = 64,
-    heads: int = 12,
-    out: str = "*fp16",
-) -> Compiled:
-    """`linear_kernel` with `epilogue` "requant", "float", "residual" or "heads"."""
-    low, high = (-8, 7) if out_packed else (-128, 127)
-    constants = {
-        "EPILOGUE": {"requant": 0, "float": 1, "residual": 2, "heads": 3}[epilogue],
-        "GELU": gelu, "FAST_GELU": True, "HAS_BIAS": True, "LOW": low, "HIGH": high, "V_LOW": low, "V_HIGH": high,
-        "A_PACKED": a_packed, "B_PACKED": b_packed, "OUT_PACKED": out_packed, "HEADS_": heads, "HEAD_DIM": head_dim,
-        "EVEN_K": True, "SPLIT_K": config.split_k, "PTX": True,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-    }  # fmt: skip
-    pointers = {"out_ptr": out if epilogue in ("float", "residual") else "*i8"}
-    return compile_kernel(linear.linear_kernel, constants, pointers, arch, config.warps, config.stages)
-
-
-def compile_attention(
-    arch: int, tokens: int, head_dim: int = 64, *, p_bits: int = 8, p_scheme: str = "rowmax", packed: bool = False
-) -> Compiled:
-    """`attention_kernel` as the launcher configures it."""
-    config = configs.attention_config(tokens, head_dim, p_scheme)
-    low, high = (-8, 7) if packed else (-128, 127)
-    constants = {
-        "HEADS": 12, "HEAD_DIM": head_dim, "P_BITS": p_bits, "UNIT": reference.softmax_unit(p_bits, p_scheme),
-        "LOG2": p_scheme == "log2", "LOW": low, "HIGH": high, "FLOAT_OUT": False,
-        "OUT_PACKED": packed, "PTX": True, "BLOCK_M": config.block_m,
-        "BLOCK_D": max(32, triton.next_power_of_2(head_dim)), "ON_CHIP": config.on_chip,
-        **{f"TILE_{i}": width for i, width in enumerate(config.tiles)},
-    }  # fmt: skip
-    return compile_kernel(attention.attention_kernel, constants, {}, arch, config.warps, config.stages)
-
-
-def compile_heads(arch: int, head_dim: int, *, norm: bool = True, x: str = "*fp16") -> Compiled:
-    """`heads_kernel` as the launcher configures it; `x` is the element type of qkv."""
-    block_m, block_d = configs.heads_blocks(head_dim)
-    constants = {
-        "NORM": norm, "HAS_WEIGHT": norm, "HAS_BIAS": norm, "LOW": -128, "HIGH": 127, "V_LOW": -128, "V_HIGH": 127,
-        "HEADS": 12, "HEAD_DIM": head_dim, "PTX": True, "BLOCK_M": block_m, "BLOCK_D": block_d,
-    }  # fmt: skip
-    names = ("q_weight_ptr", "q_bias_ptr", "k_weight_ptr", "k_bias_ptr")
-    pointers = {"qkv_ptr": x, **dict.fromkeys(names, "*fp32")}
-    return compile_kernel(heads.heads_kernel, constants, pointers, arch, 4, 1)
-
-
-def compile_layernorm(arch: int, width: int, *, x: str = "*fp16", packed: bool = False) -> Compiled:
-    """`layernorm_quantize_kernel` as the launcher configures it."""
-    block_m, block_d = configs.layernorm_blocks(width)
-    low, high = (-8, 7) if packed else (-128, 127)
-    constants = {
-        "HAS_WEIGHT": True, "HAS_BIAS": True, "LOW": low, "HIGH": high, "OUT_PACKED": packed, "PTX": True,
-        "BLOCK_M": block_m, "BLOCK_D": block_d,
-    }  # fmt: skip
-    return compile_kernel(layernorm.layernorm_quantize_kernel, constants, {"x_ptr": x}, arch, 4, 1)
-
-
-def compile_rows(
-    arch: int, config: configs.LinearConfig, width: int, *, a_packed: bool = False, b_packed: bool = False,
-    x: str = "*fp16",
-) -> Compiled:  # fmt: skip
-    """`linear_rows_kernel` as the launcher configures it; its output is packed where its input is."""
-    low, high = (-8, 7) if a_packed else (-128, 127)
-    tiles = configs.row_tiles(width)
-    constants = {
-        "HAS_BIAS": True, "HAS_NORM_WEIGHT": True, "HAS_NORM_BIAS": True, "LOW": low, "HIGH": high,
-        "A_PACKED": a_packed, "B_PACKED": b_packed, "OUT_PACKED": a_packed, "EVEN_K": True, "PTX": True,
-        "BLOCK_M": config.block_m, "TILE_0": tiles[0], "TILE_1": tiles[1], "BLOCK_K": config.block_k,
-    }  # fmt: skip
-    return compile_kernel(rows.linear_rows_kernel, constants, {"x_ptr": x}, arch, config.warps, config.stages)
+def epilogue_of(launch: Launch) -> str:
+    """Of a linear: "requant", "float", "residual" or "heads"."""
+    assert launch.kernel is linear.linear_kernel
+    return impl.NAMES[launch.values["EPILOGUE"]]
