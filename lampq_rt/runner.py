@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lampq_rt.kernels.gpu.scratch import own_scratch
+
 logger = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -91,7 +93,7 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may allocate in the meantime.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), own_scratch():
                 result = call()
         except BaseException:
             self._pool = None

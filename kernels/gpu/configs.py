@@ -24,6 +24,7 @@ class LinearConfig:
         group_m: row tiles that run one after the other over the same weights.
         warps: 4 or 8.
         stages: depth of the load pipeline.
+        registers: most registers a thread may have; 255 leaves it to the compiler.
     """
 
     block_m: int = 128
@@ -33,6 +34,7 @@ class LinearConfig:
     group_m: int = 8
     warps: int = 8
     stages: int = 3
+    registers: int = 255
 
     def shared_bytes(self, a_bits: int, w_bits: int) -> int:
         """Shared memory that the load pipeline takes; 4-bit operands are unpacked beside it."""
@@ -56,8 +58,12 @@ LINEAR_CANDIDATES = tuple(
         (256, 128, 64, 8, 3), (128, 64, 128, 4, 4), (64, 128, 128, 4, 4), (64, 256, 64, 4, 4), (64, 64, 128, 4, 4),
         (64, 64, 64, 4, 5),
     )
-)  # fmt: skip
-"""What the tuner tries, before it drops what a GPU cannot hold."""
+) + tuple(LinearConfig(128, 128, k, stages=s, registers=128) for k, s in ((64, 4), (128, 3)))  # fmt: skip
+"""What the tuner tries, before it drops what a GPU cannot hold.
+
+The last two hold a 128 x 128 tile to 128 registers, of which the compiler alone takes 135 to 222: two programs then
+share a processor of a Hopper, at the price of some 20 instructions that spill in the epilogue.
+"""
 
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm89": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024,
                 "gfx942": 64 * 1024}  # fmt: skip
@@ -71,6 +77,11 @@ def feasible(config: LinearConfig, arch: str, a_bits: int = 8, w_bits: int = 8) 
     """False where a configuration needs more shared memory or registers than the GPU has: not worth compiling."""
     limit = SHARED_LIMIT.get(arch, 99 * 1024)
     return config.shared_bytes(a_bits, w_bits) <= limit and config.accumulator_registers() <= MAX_ACCUMULATORS
+
+
+def register_limit(config: LinearConfig, arch: str) -> dict[str, int]:
+    """The compiler's option for it; AMD's has none."""
+    return {"maxnreg": config.registers} if config.registers < 255 and arch.startswith("sm") else {}
 
 
 RULE = (LinearConfig(), LinearConfig(64, 128, 128, warps=4), LinearConfig(64, 64, 128, warps=4, stages=4))

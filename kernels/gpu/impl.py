@@ -21,6 +21,7 @@ from lampq_rt.kernels.gpu.attention import attention_kernel
 from lampq_rt.kernels.gpu.heads import heads_kernel
 from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel, quantize_kernel
 from lampq_rt.kernels.gpu.rows import linear_rows_kernel
+from lampq_rt.kernels.gpu.scratch import split_scratch
 
 FULL = reference.code_range(8)
 NAMES = ("requant", "float", "residual", "heads")
@@ -139,8 +140,7 @@ def _launch_linear(
     else:
         tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
         split = config.split_k
-    partial = torch.zeros((m, n), dtype=torch.int32, device=x_q.device) if split > 1 else column
-    locks = torch.zeros(tiles, dtype=torch.int32, device=x_q.device) if split > 1 else column
+    partial, locks = split_scratch(x_q, m * n, tiles) if split > 1 else (column, column)
     low, high = options.pop("codes", FULL)
     v_low, v_high = options.pop("v_codes", (low, high))
     linear_kernels.linear_kernel[(tiles, split)](
@@ -153,7 +153,7 @@ def _launch_linear(
         HEADS_=heads, HEAD_DIM=head_dim, IMAGES=images,
         EVEN_K=k % (config.block_k * split) == 0, SPLIT_K=split, PTX=ptx,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, **configs.register_limit(config, arch),
     )  # fmt: skip
     assert not options, f"unknown options {sorted(options)}"
 
