@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.cpu import eager, native, onednn
+from lampq_rt.kernels.cpu import eager, linear, native, onednn
+from lampq_rt.kernels.cpu.prepack import prepacked
 
 
 def _fp32(x: Tensor) -> Tensor:
@@ -41,8 +42,10 @@ def layernorm_quantize(
 def linear_float(
     x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype
 ) -> Tensor:
-    """See `reference.linear_float`. GELU is applied after the call: oneDNN's fp32 GELU is not the erf form's equal."""
-    y = onednn.linear(x_q, onednn.packed(w_q, scale, column, bias), "none", 1.0, 0, torch.float32)
+    """See `reference.linear_float`. oneDNN's fp32 GELU is not the erf form's equal: there it follows the call."""
+    if linear.serves(w_q):
+        return linear.to_float(x_q, prepacked(linear.pack, w_q, scale, column, bias), activation).to(dtype)
+    y = onednn.linear(x_q, prepacked(onednn.pack, w_q, scale, column, bias), "none", 1.0, 0, torch.float32)
     return (torch.nn.functional.gelu(y) if activation == "gelu" else y).to(dtype)
 
 
@@ -59,9 +62,12 @@ def linear_requant(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `reference.linear_requant`; GELU and requantisation inside the matmul's call."""
+    if linear.serves(w_q):
+        weight = prepacked(linear.pack, w_q, scale, column, bias)
+        return linear.to_codes(x_q, weight, activation, out_inv_scale, out_zero_point, out_bits, dtype)
     offset = reference.OFFSET if dtype == torch.uint8 else 0
-    weight = onednn.packed(w_q, scale, column, bias)
-    y = onednn.linear(x_q, weight, activation, 1.0 / out_inv_scale, out_zero_point + offset, dtype)
+    packed = prepacked(onednn.pack, w_q, scale, column, bias)
+    y = onednn.linear(x_q, packed, activation, 1.0 / out_inv_scale, out_zero_point + offset, dtype)
     if out_bits < 8:
         low, high = reference.code_range(out_bits)
         y.clamp_(low + offset, high + offset)
@@ -69,12 +75,14 @@ def linear_requant(
 
 
 def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None) -> None:
-    """See `reference.linear_residual`; the sum is a post-op of the matmul."""
-    weight = onednn.packed(w_q, scale, column, bias)
-    if x.dtype == torch.float32 and x.is_contiguous():
-        onednn.linear_add_(x, x_q, weight)
+    """See `reference.linear_residual`; the sum is formed in the matmul's call."""
+    in_place = x.dtype == torch.float32 and x.is_contiguous()
+    if in_place and linear.serves(w_q):
+        linear.add_(x, x_q, prepacked(linear.pack, w_q, scale, column, bias))
+    elif in_place:
+        onednn.linear_add_(x, x_q, prepacked(onednn.pack, w_q, scale, column, bias))
     else:
-        x.copy_(x.float() + onednn.linear(x_q, weight, "none", 1.0, 0, torch.float32))
+        x.copy_(x.float() + linear_float(x_q, w_q, scale, column, bias, "none", torch.float32))
 
 
 def linear_residual_layernorm(
@@ -92,9 +100,12 @@ def linear_residual_layernorm(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `reference.linear_residual_layernorm`."""
+    """See `reference.linear_residual_layernorm`; rows are normalised as soon as they are finished."""
+    norm = (norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype)
+    if x.dtype == torch.float32 and x.is_contiguous() and linear.serves(w_q):
+        return linear.add_and_norm_(x, x_q, prepacked(linear.pack, w_q, scale, column, bias), *norm)
     linear_residual(x, x_q, w_q, scale, column, bias)
-    return layernorm_quantize(x, norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype)
+    return layernorm_quantize(x, *norm)
 
 
 def linear_qkv(
@@ -108,9 +119,14 @@ def linear_qkv(
     qk_bits: int,
     v_bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.linear_qkv`; every column's step is in its scale and bias, so that the matmul's step is 1."""
-    weight = onednn.packed(w_q, scale, column, bias, out_inv_scale)
-    return _split(onednn.linear(x_q, weight, "none", 1.0, 0, torch.int8), heads, qk_bits, v_bits)
+    """See `reference.linear_qkv`; oneDNN takes every column's step in scale and bias: the matmul's own is 1."""
+    if linear.serves(w_q):
+        packed = prepacked(linear.pack, w_q, scale, column, bias, out_inv_scale)
+        codes = linear.to_codes(x_q, packed, "none", 1.0, 0, 8, torch.int8)
+    else:
+        folded = prepacked(onednn.pack, w_q, scale, column, bias, out_inv_scale)
+        codes = onednn.linear(x_q, folded, "none", 1.0, 0, torch.int8)
+    return _split(codes, heads, qk_bits, v_bits)
 
 
 def heads_quantize(
@@ -159,7 +175,7 @@ def attention(
         out_zero_point,
         out_bits,
     )
-    if lib is None or not native.has_attention() or q.shape[-1] % 4:
+    if lib is None or not native.has_products() or q.shape[-1] % 4:
         return eager.attention(*args, dtype)
     if out_bits == reference.FLOAT_BITS:
         return native.attention(lib, *args, torch.float32).to(dtype)

@@ -2,60 +2,13 @@
 //
 // Plain C interface, no PyTorch headers: built in a few seconds by whatever C++ compiler the machine has (native.py), called
 // through ctypes with raw pointers. Numerics follow docs/numerics.md; kernels/reference.py is the truth for every function here.
-// Compiled with -ffp-contract=off, so that multiply, add and round happen in the order of the contract.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define LAMPQ_VNNI 1
-#endif
-
-namespace {
-
-// clamp(rne(x * inv + zp), lo, hi) + offset, stored as one byte; both containers have the same bits for offset 0 and 128.
-struct Codes {
-  float inv, zero_point, low, high;
-  int32_t offset;
-
-  inline uint8_t operator()(float x) const {
-    const float code = std::min(std::max(std::nearbyintf(x * inv + zero_point), low), high);
-    return static_cast<uint8_t>(static_cast<int32_t>(code) + offset);
-  }
-};
-
-inline void quantize_row(const float* x, uint8_t* out, int64_t n, const Codes& codes) {
-  const Codes c = codes;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = c(x[i]);
-}
-
-struct AlignedFree {
-  void operator()(void* p) const { std::free(p); }
-};
-template <typename T>
-using Buffer = std::unique_ptr<T[], AlignedFree>;
-
-template <typename T>
-Buffer<T> make_buffer(int64_t count) {
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
-}
-
-}  // namespace
+#include "vnni.h"
 
 extern "C" {
 
-// 1 where lampq_attention is compiled in.
-int lampq_has_attention() {
+// 1 where attention and linears are compiled in.
+int lampq_has_vnni() {
 #ifdef LAMPQ_VNNI
   return 1;
 #else
@@ -80,29 +33,8 @@ void lampq_layernorm_quantize(const float* x, const float* weight, const float* 
 #pragma omp parallel num_threads(threads) if (rows > 4)
   {
     Buffer<float> row = make_buffer<float>(width);
-    float* y = row.get();
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* in = x + r * width;
-      float sum = 0.f, squares = 0.f;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < width; ++i) sum += in[i];
-      const float mean = sum / static_cast<float>(width);
-#pragma omp simd reduction(+ : squares)
-      for (int64_t i = 0; i < width; ++i) {
-        const float d = in[i] - mean;
-        squares += d * d;
-      }
-      const float rstd = 1.f / std::sqrt(squares / static_cast<float>(width) + eps);
-      if (weight != nullptr && bias != nullptr) {
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) y[i] = (in[i] - mean) * rstd * weight[i] + bias[i];
-      } else {
-        for (int64_t i = 0; i < width; ++i)
-          y[i] = (in[i] - mean) * rstd * (weight ? weight[i] : 1.f) + (bias ? bias[i] : 0.f);
-      }
-      quantize_row(y, out + r * width, width, codes);
-    }
+    for (int64_t r = 0; r < rows; ++r) layernorm_row(x + r * width, weight, bias, eps, width, row.get(), out + r * width, codes);
   }
 }
 
@@ -201,86 +133,6 @@ void lampq_split_heads(const int8_t* qkv, int8_t* q, int8_t* k, int8_t* v, int64
 
 #ifdef LAMPQ_VNNI
 namespace {
-
-constexpr int kRows = 6;     // rows of Q a tile
-constexpr int kVectors = 4;  // 16-column vectors a tile: 24 accumulators, 5 operands
-
-// acc += a (u8 quadruples) . b (s8 quadruples). Written out because GCC copies every accumulator around the intrinsic and spills.
-inline void dot_accumulate(__m512i& acc, __m512i a, __m512i b) { __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
-
-// acc[r][v] += a[r, 4*s .. 4*s+3] (u8) . b[s][column][0..3] (s8), for all s < steps.
-template <int R, int V>
-inline void dot_tile(const uint8_t* a, int64_t a_stride, const int32_t* b, int64_t b_stride, int64_t steps, int32_t* out,
-                     int64_t out_stride, const int32_t* init) {
-  __m512i acc[R][V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) {
-    const __m512i start = init ? _mm512_loadu_si512(init + 16 * v) : _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r][v] = start;
-  }
-  for (int64_t s = 0; s < steps; ++s) {
-    __m512i columns[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) columns[v] = _mm512_loadu_si512(b + s * b_stride + 16 * v);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      int32_t four;
-      std::memcpy(&four, a + r * a_stride + 4 * s, 4);
-      const __m512i row = _mm512_set1_epi32(four);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) dot_accumulate(acc[r][v], row, columns[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) _mm512_storeu_si512(out + r * out_stride + 16 * v, acc[r][v]);
-}
-
-template <int R>
-void dot_rows(const uint8_t* a, int64_t a_stride, const int32_t* b, int64_t vectors, int64_t steps, int32_t* out,
-              const int32_t* init) {
-  const int64_t stride = 16 * vectors;
-  int64_t v = 0;
-  for (; v + kVectors <= vectors; v += kVectors)
-    dot_tile<R, kVectors>(a, a_stride, b + 16 * v, stride, steps, out + 16 * v, stride, init ? init + 16 * v : nullptr);
-  const int32_t* rest = init ? init + 16 * v : nullptr;
-  switch (vectors - v) {
-    case 3: dot_tile<R, 3>(a, a_stride, b + 16 * v, stride, steps, out + 16 * v, stride, rest); break;
-    case 2: dot_tile<R, 2>(a, a_stride, b + 16 * v, stride, steps, out + 16 * v, stride, rest); break;
-    case 1: dot_tile<R, 1>(a, a_stride, b + 16 * v, stride, steps, out + 16 * v, stride, rest); break;
-    default: break;
-  }
-}
-
-// out [rows, 16*vectors] = a [rows, 4*steps] (u8) @ b [steps, 16*vectors, 4] (s8) + init, rows <= kRows.
-void dot_block(int64_t rows, const uint8_t* a, int64_t a_stride, const int32_t* b, int64_t vectors, int64_t steps, int32_t* out,
-               const int32_t* init) {
-  switch (rows) {
-    case 6: dot_rows<6>(a, a_stride, b, vectors, steps, out, init); break;
-    case 5: dot_rows<5>(a, a_stride, b, vectors, steps, out, init); break;
-    case 4: dot_rows<4>(a, a_stride, b, vectors, steps, out, init); break;
-    case 3: dot_rows<3>(a, a_stride, b, vectors, steps, out, init); break;
-    case 2: dot_rows<2>(a, a_stride, b, vectors, steps, out, init); break;
-    default: dot_rows<1>(a, a_stride, b, vectors, steps, out, init); break;
-  }
-}
-
-// 2^x for x <= 0; relative error below 3e-7. 2^f on [-1/2, 1/2] by its Taylor polynomial of degree 6.
-inline __m512 exp2_nonpositive(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(1.540353039338161e-4f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.333355814642844e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618129107628477e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550410866482158e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402265069591007e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931471805599453e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(p, whole);
-}
 
 // One row of logits to the integer weights of its unnormalised softmax; gives the sum of exponentials.
 // acc int32 [16*vectors], columns >= tokens are garbage; p_q u8 [16*vectors], zero there. Codes of log2 (kLog2) are weights

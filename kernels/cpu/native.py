@@ -1,4 +1,4 @@
-"""Builds `kernels.cpp` for this machine once, keeps the library in the user's cache, and calls it through ctypes.
+"""Builds the C++ kernels for this machine once, keeps the library in the user's cache, and calls it through ctypes.
 
 No build system and no PyTorch headers: one compiler call of about two seconds. ctypes releases the interpreter lock
 during a call, so several threads can run models at once. Where no compiler is found, `library()` is None and
@@ -25,7 +25,8 @@ from lampq_rt.kernels import reference
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("common.h", "vnni.h"))
 FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17",
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w",
@@ -41,8 +42,12 @@ SIGNATURES = {
     "lampq_quantize": [_ptr, _ptr, _i64, *_CODES, _int],
     "lampq_layernorm_quantize": [_ptr, _ptr, _ptr, _ptr, _i64, _i64, _float, *_CODES, _int],
     "lampq_split_heads": [_ptr] * 4 + [_i64] * 5 + [_int] * 5,
+    "lampq_pack_weight": [_ptr] * 2 + [_i64] * 2 + [_ptr] * 2,
+    "lampq_linear": [_ptr] * 6 + [_i64] * 3 + [_int] * 2 + _CODES + [_ptr] * 3 + [_float, *_CODES, _ptr, _int],
     "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_float, _int, *_CODES, _int, _int],
 }
+NEED_VNNI = ("lampq_attention", "lampq_pack_weight", "lampq_linear")
+"""Functions that a library for a CPU without AVX512-VNNI does not have."""
 
 
 def cache_folder() -> Path:
@@ -75,7 +80,7 @@ def library() -> ctypes.CDLL | None:
             _build(cxx, path)
         loaded = ctypes.CDLL(str(path))
         for name, types in SIGNATURES.items():
-            if name == "lampq_attention" and not loaded.lampq_has_attention():
+            if name in NEED_VNNI and not loaded.lampq_has_vnni():
                 continue
             getattr(loaded, name).argtypes = types
             getattr(loaded, name).restype = None
@@ -93,7 +98,14 @@ def _key(cxx: str) -> str:
     version = subprocess.run(
         [cxx, "--version"], capture_output=True, text=True, timeout=BUILD_SECONDS, check=True
     ).stdout
-    parts = (SOURCE.read_text(), *FLAGS, WIDE_FLAG, version, platform.machine(), _processor())
+    parts = (
+        *(path.read_text() for path in (*SOURCES, *HEADERS)),
+        *FLAGS,
+        WIDE_FLAG,
+        version,
+        platform.machine(),
+        _processor(),
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -111,7 +123,7 @@ def _build(cxx: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         target = Path(folder) / "kernels.so"
         for flags in ([WIDE_FLAG, *FLAGS], [*FLAGS]):
-            command = [cxx, *flags, str(SOURCE), "-o", str(target)]
+            command = [cxx, *flags, *map(str, SOURCES), "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
             if done.returncode == 0:
                 break
@@ -120,26 +132,29 @@ def _build(cxx: str, path: Path) -> None:
         os.replace(target, path)
 
 
-def has_attention() -> bool:
-    """True where the library is there and this CPU has the instructions that its attention is written for."""
+def has_products() -> bool:
+    """True where the library is there and this CPU has the instructions that its products of codes are written for."""
     loaded = library()
-    return loaded is not None and bool(loaded.lampq_has_attention())
+    return loaded is not None and bool(loaded.lampq_has_vnni())
 
 
-def _codes(inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> tuple[float, float, float, float, int]:
+def code_arguments(
+    inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype
+) -> tuple[float, float, float, float, int]:
     low, high = reference.code_range(bits)
     return inv_scale, float(zero_point), float(low), float(high), reference.OFFSET if dtype == torch.uint8 else 0
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def at(tensor: Tensor | None) -> int | None:
+    """Address, or a null pointer."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def quantize(lib: ctypes.CDLL, x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
     """See `reference.quantize`; `x` fp32, contiguous."""
     out = torch.empty(x.shape, dtype=dtype)
-    codes = _codes(inv_scale, zero_point, bits, dtype)
-    lib.lampq_quantize(_at(x), _at(out), x.numel(), *codes, torch.get_num_threads())
+    codes = code_arguments(inv_scale, zero_point, bits, dtype)
+    lib.lampq_quantize(at(x), at(out), x.numel(), *codes, torch.get_num_threads())
     return out
 
 
@@ -157,12 +172,12 @@ def layernorm_quantize(
     """See `reference.layernorm_quantize`; fp32, contiguous."""
     out = torch.empty(x.shape, dtype=dtype)
     width = x.shape[-1]
-    codes = _codes(inv_scale, zero_point, bits, dtype)
+    codes = code_arguments(inv_scale, zero_point, bits, dtype)
     lib.lampq_layernorm_quantize(
-        _at(x),
-        _at(weight),
-        _at(bias),
-        _at(out),
+        at(x),
+        at(weight),
+        at(bias),
+        at(out),
         x.numel() // max(width, 1),
         width,
         eps,
@@ -180,7 +195,7 @@ def split_heads(lib: ctypes.CDLL, qkv: Tensor, heads: int, qk_bits: int, v_bits:
     v = torch.empty((batch, heads, head_dim, padded), dtype=torch.int8)
     ranges = (*reference.code_range(qk_bits), *reference.code_range(v_bits))
     lib.lampq_split_heads(
-        _at(qkv), _at(q), _at(k), _at(v), batch, tokens, heads, head_dim, padded, *ranges, torch.get_num_threads()
+        at(qkv), at(q), at(k), at(v), batch, tokens, heads, head_dim, padded, *ranges, torch.get_num_threads()
     )
     return q, k, v
 
@@ -204,9 +219,9 @@ def attention(
     batch, heads, tokens, head_dim = q.shape
     out = torch.empty((batch, tokens, heads * head_dim), dtype=dtype)
     floating = out_bits == reference.FLOAT_BITS
-    codes = _codes(out_inv_scale, out_zero_point, 8 if floating else out_bits, dtype)
+    codes = code_arguments(out_inv_scale, out_zero_point, 8 if floating else out_bits, dtype)
     lib.lampq_attention(
-        _at(q), _at(k), _at(v), _at(logit_scale), _at(v_scale), _at(out), batch, heads, tokens, head_dim, v.shape[-1],
+        at(q), at(k), at(v), at(logit_scale), at(v_scale), at(out), batch, heads, tokens, head_dim, v.shape[-1],
         unit, log2, *codes, int(floating), torch.get_num_threads(),
     )  # fmt: skip
     return out

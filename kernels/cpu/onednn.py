@@ -1,15 +1,12 @@
 """Linears on codes through oneDNN: u8 activations, s8 weights, scale, bias, GELU and requantisation in one call.
 
-oneDNN reads activations as code + 128 with zero-point 128, so that products are those of the signed code; the plan's
-own zero-point is in `column` and is folded into the bias here. Weights are repacked for the machine once and kept in
-a bounded cache beside the tensor they came from: as module buffers they would break deepcopy, `.to` and export.
+Serves where `linear.cpp` does not: without a C++ compiler, without AVX512-VNNI, or where rows are no multiple of four
+codes. oneDNN reads activations as code + 128 with zero-point 128, so that products are those of the signed code; the
+plan's own zero-point is in `column` and is folded into the bias here.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +14,6 @@ from torch import Tensor
 
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.cpu.machine import has_vnni
-
-CACHE_ENTRIES = 1024
-"""Repacked weights kept at once: enough for two ViT-giant models; the least recently used goes first."""
 
 
 @dataclass(frozen=True)
@@ -39,73 +33,8 @@ class Packed:
     bias: Tensor
 
 
-@dataclass(frozen=True)
-class _Entry:
-    sources: tuple[weakref.ref[Tensor] | None, ...]
-    versions: tuple[tuple[int, int], ...]
-    packed: Packed
-
-
-_cache: OrderedDict[int, _Entry] = OrderedDict()
-_lock = threading.Lock()
-
-
-def cached_bytes() -> int:
-    """Bytes held by repacked weights, for memory reports."""
-    with _lock:
-        return sum(e.packed.weight.numel() * e.packed.weight.element_size() for e in _cache.values())
-
-
-def packed(
-    w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out_inv_scale: Tensor | None = None
-) -> Packed:
-    """The repacked weight of these buffers, from the cache or made now.
-
-    Args:
-        w_q: int8 [N, K], or uint8 [N, K/2] packed.
-        scale: fp32 [N].
-        column: int32 [N].
-        bias: fp32 [N] or None.
-        out_inv_scale: fp32 [N] where every output channel has a step of its own (qkv), folded into scale and bias.
-    """
-    sources = (w_q, scale, column, bias, out_inv_scale)
-    versions = tuple(_version(t) for t in sources)
-    key = id(w_q)
-    with _lock:
-        entry = _cache.get(key)
-        if entry is not None and entry.versions == versions and _same(entry.sources, sources):
-            _cache.move_to_end(key)
-            return entry.packed
-    made = _pack(w_q, scale, column, bias, out_inv_scale)
-    refs = tuple(None if t is None else weakref.ref(t) for t in sources)
-    weakref.finalize(w_q, _forget, key, made)
-    with _lock:
-        _cache[key] = _Entry(refs, versions, made)
-        _cache.move_to_end(key)
-        while len(_cache) > CACHE_ENTRIES:
-            _cache.popitem(last=False)
-    return made
-
-
-def _forget(key: int, made: Packed) -> None:
-    """Drop the entry of a weight that no longer exists, unless its id has been taken over by another."""
-    with _lock:
-        entry = _cache.get(key)
-        if entry is not None and entry.packed is made:
-            del _cache[key]
-
-
-def _version(tensor: Tensor | None) -> tuple[int, int]:
-    if tensor is None:
-        return (0, 0)
-    return (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
-
-
-def _same(refs: tuple[weakref.ref[Tensor] | None, ...], tensors: tuple[Tensor | None, ...]) -> bool:
-    return all((t is None) if r is None else (r() is t) for r, t in zip(refs, tensors, strict=True))
-
-
-def _pack(w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out_inv_scale: Tensor | None) -> Packed:
+def pack(w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out_inv_scale: Tensor | None) -> Packed:
+    """See `prepack.prepacked`; steps of the output channels are folded into scale and bias."""
     dense = reference.dense_weight(w_q).contiguous()
     full_bias = column.double() * scale.double()
     if bias is not None:
@@ -125,7 +54,7 @@ def linear(
 
     Args:
         x_q: uint8 or int8 container.
-        weight: from `packed`.
+        weight: from `pack`.
         activation: "none" or "gelu".
         out_scale: step of the result; 1.0 for fp32.
         out_zero_point: as stored, that is with 128 added for uint8.

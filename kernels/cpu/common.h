@@ -1,0 +1,73 @@
+// What every CPU kernel shares: codes and how a row becomes codes. docs/numerics.md is the contract; kernels/reference.py the truth.
+// Compiled with -ffp-contract=off, so that multiply, add and round happen in the order of the contract.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define LAMPQ_VNNI 1
+#endif
+
+namespace {
+
+// clamp(rne(x * inv + zp), lo, hi) + offset, stored as one byte; both containers have the same bits for offset 0 and 128.
+struct Codes {
+  float inv, zero_point, low, high;
+  int32_t offset;
+
+  inline uint8_t operator()(float x) const {
+    const float code = std::min(std::max(std::nearbyintf(x * inv + zero_point), low), high);
+    return static_cast<uint8_t>(static_cast<int32_t>(code) + offset);
+  }
+};
+
+inline void quantize_row(const float* x, uint8_t* out, int64_t n, const Codes& codes) {
+  const Codes c = codes;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = c(x[i]);
+}
+
+struct AlignedFree {
+  void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], AlignedFree>;
+
+template <typename T>
+Buffer<T> make_buffer(int64_t count) {
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
+}
+
+// Codes of LayerNorm of one row; weight and bias [width] or null; y [width] is scratch.
+inline void layernorm_row(const float* in, const float* weight, const float* bias, float eps, int64_t width, float* y, uint8_t* out,
+                          const Codes& codes) {
+  float sum = 0.f, squares = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; ++i) sum += in[i];
+  const float mean = sum / static_cast<float>(width);
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < width; ++i) {
+    const float d = in[i] - mean;
+    squares += d * d;
+  }
+  const float rstd = 1.f / std::sqrt(squares / static_cast<float>(width) + eps);
+  if (weight != nullptr && bias != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) y[i] = (in[i] - mean) * rstd * weight[i] + bias[i];
+  } else {
+    for (int64_t i = 0; i < width; ++i) y[i] = (in[i] - mean) * rstd * (weight ? weight[i] : 1.f) + (bias ? bias[i] : 0.f);
+  }
+  quantize_row(y, out, width, codes);
+}
+
+}  // namespace

@@ -1,0 +1,132 @@
+"""Linears on codes through `linear.cpp`: exact sums, and all that follows them in one pass.
+
+The order of operations is the contract's: the column constant joins the int32 sum, then one multiplication, one
+addition. A weight is repacked once (`prepack`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lampq_rt.kernels import reference
+from lampq_rt.kernels.cpu import native
+from lampq_rt.kernels.cpu.machine import has_vnni
+
+BLOCK = 64
+"""Output channels that lie together in a repacked weight."""
+
+FLOAT, CODES, RESIDUAL = range(3)
+"""What becomes of a result, by its number in linear.cpp."""
+
+NO_CODES = (0.0, 0.0, 0.0, 0.0, 0)
+NO_NORM = (None, None, 0.0, *NO_CODES, None)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as linear.cpp wants it.
+
+    Attributes:
+        weight: int32 [blocks * K/4 * 64], four codes a word.
+        start: int32 [blocks * 64], what a sum starts with: the column constant, less 128 times the weight's row sum.
+        scale: fp32 [N].
+        bias: fp32 [N], zeros where there is none.
+        inverse: fp32 [N] 1/step of every output channel, or None.
+    """
+
+    weight: Tensor
+    start: Tensor
+    scale: Tensor
+    bias: Tensor
+    inverse: Tensor | None
+
+
+def serves(w_q: Tensor) -> bool:
+    """True where linears with this weight (int8 [N, K] or packed) run here."""
+    return has_vnni() and native.has_products() and (w_q.dtype == torch.uint8 or w_q.shape[1] % 4 == 0)
+
+
+def pack(w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out_inv_scale: Tensor | None) -> Packed:
+    """See `prepack.prepacked`."""
+    dense = reference.dense_weight(w_q).contiguous()
+    channels, features = dense.shape
+    blocks = -(-channels // BLOCK)
+    weight = torch.empty(blocks * BLOCK * features // 4, dtype=torch.int32)
+    start = torch.empty(blocks * BLOCK, dtype=torch.int32)
+    _library().lampq_pack_weight(
+        dense.data_ptr(), column.contiguous().data_ptr(), channels, features, weight.data_ptr(), start.data_ptr()
+    )
+    # Copies: the caller may change its buffers.
+    inverse = None if out_inv_scale is None else out_inv_scale.clone()
+    return Packed(weight, start, scale.clone(), torch.zeros_like(scale) if bias is None else bias.clone(), inverse)
+
+
+def to_codes(
+    x_q: Tensor, packed: Packed, activation: str, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """Codes [..., N] in the int8 or uint8 container; with `packed.inverse`, by the channels' own steps."""
+    out = torch.empty((*x_q.shape[:-1], len(packed.scale)), dtype=dtype)
+    _run(x_q, packed, CODES, activation, native.code_arguments(inv_scale, zero_point, bits, dtype), out, NO_NORM)
+    return out
+
+
+def to_float(x_q: Tensor, packed: Packed, activation: str) -> Tensor:
+    """fp32 [..., N]."""
+    out = torch.empty((*x_q.shape[:-1], len(packed.scale)), dtype=torch.float32)
+    _run(x_q, packed, FLOAT, activation, NO_CODES, out, NO_NORM)
+    return out
+
+
+def add_(x: Tensor, x_q: Tensor, packed: Packed) -> None:
+    """x += the result; `x` fp32, contiguous."""
+    _run(x_q, packed, RESIDUAL, "none", NO_CODES, x, NO_NORM)
+
+
+def add_and_norm_(
+    x: Tensor,
+    x_q: Tensor,
+    packed: Packed,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    inv_scale: float,
+    zero_point: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x += the result; codes of LayerNorm(x). `x` fp32, contiguous."""
+    out = torch.empty(x.shape, dtype=dtype)
+    codes = native.code_arguments(inv_scale, zero_point, bits, dtype)
+    norm = (native.at(norm_weight), native.at(norm_bias), eps, *codes, out.data_ptr())
+    _run(x_q, packed, RESIDUAL, "none", NO_CODES, x, norm)
+    return out
+
+
+def _run(
+    x_q: Tensor,
+    packed: Packed,
+    kind: int,
+    activation: str,
+    codes: tuple[float, float, float, float, int],
+    out: Tensor,
+    norm: tuple[object, ...],
+) -> None:
+    x = x_q.contiguous()
+    if x.dtype != torch.uint8:
+        x = x.view(torch.uint8) ^ 0x80
+    features = x.shape[-1]
+    _library().lampq_linear(
+        x.data_ptr(), packed.weight.data_ptr(), packed.start.data_ptr(), packed.scale.data_ptr(),
+        packed.bias.data_ptr(), native.at(packed.inverse), x.numel() // features, features, len(packed.scale), kind,
+        int(activation == "gelu"), *codes, out.data_ptr(), *norm, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _library() -> ctypes.CDLL:
+    library = native.library()
+    assert library is not None, "callers ask `serves` first"
+    return library

@@ -1,0 +1,96 @@
+"""Weights repacked for this machine, once, in a bounded cache beside the tensors they came from.
+
+As module buffers they would break deepcopy, `.to` and export. An entry lives as long as its weight does, and is made
+anew when one of the tensors it was made from was changed or replaced.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+CACHE_ENTRIES = 1024
+"""Repacked weights kept at once: enough for two ViT-giant models; the least recently used goes first."""
+
+P = TypeVar("P")
+Pack = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], P]
+"""Repacks a weight; see `prepacked` for its arguments. The result has the repacked tensor as `.weight`."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    pack: Any
+    sources: tuple[weakref.ref[Tensor] | None, ...]
+    versions: tuple[tuple[int, int], ...]
+    packed: Any
+
+
+_cache: OrderedDict[int, _Entry] = OrderedDict()
+_lock = threading.Lock()
+
+
+def cached_bytes() -> int:
+    """Bytes held by repacked weights, for memory reports."""
+    with _lock:
+        return sum(e.packed.weight.numel() * e.packed.weight.element_size() for e in _cache.values())
+
+
+def prepacked(
+    pack: Pack[P],
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    out_inv_scale: Tensor | None = None,
+) -> P:
+    """What `pack` makes of these buffers, from the cache or made now.
+
+    Args:
+        pack: which layout.
+        w_q: int8 [N, K], or uint8 [N, K/2] packed.
+        scale: fp32 [N].
+        column: int32 [N].
+        bias: fp32 [N] or None.
+        out_inv_scale: fp32 [N] where every output channel has a step of its own (qkv).
+    """
+    sources = (w_q, scale, column, bias, out_inv_scale)
+    versions = tuple(_version(t) for t in sources)
+    key = id(w_q)
+    with _lock:
+        entry = _cache.get(key)
+        if entry is not None and entry.pack is pack and entry.versions == versions and _same(entry.sources, sources):
+            _cache.move_to_end(key)
+            return entry.packed  # type: ignore[no-any-return]
+    made = pack(*sources)
+    refs = tuple(None if t is None else weakref.ref(t) for t in sources)
+    weakref.finalize(w_q, _forget, key, made)
+    with _lock:
+        _cache[key] = _Entry(pack, refs, versions, made)
+        _cache.move_to_end(key)
+        while len(_cache) > CACHE_ENTRIES:
+            _cache.popitem(last=False)
+    return made
+
+
+def _forget(key: int, made: Any) -> None:
+    """Drop the entry of a weight that no longer exists, unless its id has been taken over by another."""
+    with _lock:
+        entry = _cache.get(key)
+        if entry is not None and entry.packed is made:
+            del _cache[key]
+
+
+def _version(tensor: Tensor | None) -> tuple[int, int]:
+    if tensor is None:
+        return (0, 0)
+    return (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+
+
+def _same(refs: tuple[weakref.ref[Tensor] | None, ...], tensors: tuple[Tensor | None, ...]) -> bool:
+    return all((t is None) if r is None else (r() is t) for r, t in zip(refs, tensors, strict=True))
