@@ -1,1 +1,1 @@
-"""Integer kernels for Vision Transformers: schema, reference, CPU (oneDNN and C++). Knows tensors, no model."""
+"""Integer kernels for Vision Transformers: schema, reference, CPU (C++ and oneDNN). Knows tensors, no model."""

@@ -1,4 +1,4 @@
-"""The ops: one schema each, whatever the device. `torch.ops.lampq.<name>` is oneDNN and C++ on a CPU, Triton on a GPU.
+"""The ops: one schema each, whatever the device. `torch.ops.lampq.<name>` is C++ or oneDNN on a CPU, Triton on a GPU.
 
 `ops(backend)` gives the same names as plain functions: "native" dispatches by device, "reference" is `reference.py`,
 "triton" is the GPU's launchers whatever the device (for Triton's interpreter).

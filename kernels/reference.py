@@ -1,7 +1,7 @@
 """The truth: every op of `kernels/ops.py` in plain torch, slow and exact. Fast paths must meet it (docs/numerics.md).
 
 Codes of activations travel in one of three containers, named by the dtype that a producer is asked for: `int8` holds
-the signed code; `uint8` holds code + 128 (what oneDNN's VNNI kernels read); `int4` is two codes a byte, a uint8
+the signed code; `uint8` holds code + 128 (what VNNI instructions read); `int4` is two codes a byte, a uint8
 tensor [..., K/2] in the order of `pack_int4`, which a consumer knows by its width. Zero-points are always those of
 the signed code. Weights are int8 [N, K], or packed uint8 [N, K/2]. Matrix products run in fp64, where every sum of
 products of codes is exact.

@@ -1,4 +1,4 @@
-"""The CPU's side of the ops: oneDNN int8 matmuls, C++ for what lies between them, eager torch without a compiler."""
+"""The CPU's side of the ops: C++ kernels on AVX512-VNNI, oneDNN int8 matmuls and eager torch elsewhere."""
 
 from lampq_rt.kernels.cpu.machine import has_vnni
 

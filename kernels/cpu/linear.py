@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.cpu import native
-from lampq_rt.kernels.cpu.machine import has_vnni
+from lampq_rt.kernels.cpu.machine import has_amx, has_vnni
 
 BLOCK = 64
 """Output channels that lie together in a repacked weight."""
@@ -46,8 +46,9 @@ class Packed:
 
 
 def serves(w_q: Tensor) -> bool:
-    """True where linears with this weight (int8 [N, K] or packed) run here."""
-    return has_vnni() and native.has_products() and (w_q.dtype == torch.uint8 or w_q.shape[1] % 4 == 0)
+    """True where linears with this weight (int8 [N, K] or packed) run here; with AMX, oneDNN is faster."""
+    whole_words = w_q.dtype == torch.uint8 or w_q.shape[1] % 4 == 0
+    return whole_words and has_vnni() and not has_amx() and native.has_products()
 
 
 def pack(w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out_inv_scale: Tensor | None) -> Packed:

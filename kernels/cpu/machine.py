@@ -12,6 +12,12 @@ _WITHOUT_VNNI = {"SSE41", "AVX", "AVX2", "AVX512_CORE"}
 
 
 @cache
+def has_amx() -> bool:
+    """True where the CPU multiplies whole int8 tiles, which oneDNN knows how to use and our own kernels do not."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+@cache
 def _cpu_has_vnni() -> bool:
     return bool(torch.cpu._is_vnni_supported())
 

@@ -1,8 +1,8 @@
 """Linears on codes through oneDNN: u8 activations, s8 weights, scale, bias, GELU and requantisation in one call.
 
-Serves where `linear.cpp` does not: without a C++ compiler, without AVX512-VNNI, or where rows are no multiple of four
-codes. oneDNN reads activations as code + 128 with zero-point 128, so that products are those of the signed code; the
-plan's own zero-point is in `column` and is folded into the bias here.
+Serves where `linear.cpp` does not: with AMX, without a C++ compiler, without AVX512-VNNI, or where rows are no
+multiple of four codes. oneDNN reads activations as code + 128 with zero-point 128, so that products are those of the
+signed code; the plan's own zero-point is in `column` and is folded into the bias here.
 """
 
 from __future__ import annotations

@@ -99,16 +99,16 @@ def _tune_rows(work: LinearWork, case: dict[str, Tensor]) -> Tuned:
     two_ms = best[0]
     arch = impl._of(case["x_q"])[0]
     for config in configs.ROWS_CANDIDATES:
-        if configs.rows_feasible(config, work.n, arch, work.a_bits, work.w_bits):
-            try:
-                ms = _time(
-                    lambda config=config: impl.launch_rows(
-                        config, case["out"], *linear_args, codes, *norm, reference.code_range(8)
-                    )
-                )
-            except (triton.runtime.errors.OutOfResources, RuntimeError):
-                continue
-            best = min(best, (ms, config), key=lambda pair: pair[0])
+        if not configs.rows_feasible(config, work.n, arch, work.a_bits, work.w_bits):
+            continue
+
+        def one(config: configs.LinearConfig = config) -> None:
+            impl.launch_rows(config, case["out"], *linear_args, codes, *norm, reference.code_range(8))
+
+        try:
+            best = min(best, (_time(one), config), key=lambda pair: pair[0])
+        except (triton.runtime.errors.OutOfResources, RuntimeError):
+            continue
     return Tuned(best[1], best[0], two_ms)
 
 
