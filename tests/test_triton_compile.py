@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 import lampq_rt  # noqa: E402
 from lampq_rt.kernels import reference  # noqa: E402
-from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline  # noqa: E402
+from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline, tables  # noqa: E402
 from tests import triton_cases as cases  # noqa: E402
 
 ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100", "gfx942")
@@ -92,6 +92,19 @@ def test_linear_int8(arch: str, epilogue: str) -> None:
 @pytest.mark.parametrize("epilogue", ["gelu", "residual", "heads"])
 def test_linear_int4(arch: str, a_bits: int, epilogue: str) -> None:
     check(linear_launch(arch, epilogue, small(arch), a_bits, 4), load=8, store=4)
+
+
+def test_shipped_tables_hold_what_compiles() -> None:
+    """Every distinct tile of every table that is shipped, with the epilogue that it was tuned for."""
+    shipped = sorted(tables.SHIPPED.glob("*.json"))
+    if not shipped:
+        pytest.skip("no table is shipped yet: none was tuned on a GPU")
+    for path in shipped:
+        pairs = {(key.split()[1], config) for key, config in tables.read(path).items() if config is not None}
+        assert pairs, path
+        for epilogue, config in sorted(pairs, key=str):
+            if epilogue != "rows":
+                check(linear_launch(path.stem, epilogue, config), store=4)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

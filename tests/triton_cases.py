@@ -31,8 +31,10 @@ SPLITS = (2, 3)
 QKV = ((2, 197, 2, 64), (1, 198, 1, 32), (2, 49, 2, 48), (2, 5, 1, 80), (1, 17, 3, 64))
 """(images, tokens, heads, head_dim)."""
 QKV_BITS = ((8, 8), (4, 6))
-ATTENTION = tuple((n, d) for n in (1, 49, 197, 198, 256) for d in (32, 64, 72)) + ((300, 64),)
-"""(tokens, head_dim); long rows are tried with one head size."""
+ATTENTION = tuple((n, d) for n in (1, 49, 197, 198, 256) for d in (32, 64, 72)) + (
+    (49, 48), (49, 80), (49, 96), (49, 128), (300, 64), (577, 80),
+)  # fmt: skip
+"""(tokens, head_dim); few rows are tried with every head size, long ones with two."""
 SOFTMAX = ((8, "rowmax"), (4, "rowmax"), (4, "log2"), (3, "log2"))
 """(bits, scheme) of P."""
 HEADS = ((197, 64), (198, 32), (49, 48), (49, 80), (5, 72), (1, 64), (16, 128))
