@@ -68,7 +68,6 @@ def frontier(
     """
     from lampq_rt import frontier as sweeps
     from lampq_rt.errors import UnknownNameError
-    from lampq_rt.memory import keep_memory
     from lampq_rt.models import check_name
 
     output = Output(json)
@@ -80,7 +79,6 @@ def frontier(
     if chosen == "top1" and labels is None:
         raise DataError("--y top1 needs --labels")
     check_destination(out, "sweep")
-    keep_memory()
     bench = _Bench(
         output, model, weights, images, eval_images, labels, calib_images, limit, seed, target, device, batch
     )
@@ -230,6 +228,7 @@ class _Bench:
 def _fill(bench: _Bench, sweep: Sweep, wanted: Sequence[tuple[str, float]], timed: bool) -> None:
     """Compute the points that the sweep does not hold yet, then latencies that it lacks."""
     from lampq_rt import frontier_measure as measure
+    from lampq_rt.memory import keep_memory
     from lampq_rt.plan import Plan
 
     original, digest = measure.Recorded(bench.network, bench.device), bench.setting["weights"]
@@ -247,6 +246,7 @@ def _fill(bench: _Bench, sweep: Sweep, wanted: Sequence[tuple[str, float]], time
         sweep.add(point, kl)
     if not timed:
         return
+    keep_memory()
     size = tuple(bench.preprocess.config["input_size"])
     latency_of = measure.MeasuredLatency(bench.network, bench.device, bench.batch, size)
     with bench.output.working("measuring latency"):
