@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from lampq_rt import backends
+from lampq_rt.calibrate.distributed import SINGLE, UNIT, Shard
 from lampq_rt.calibrate.judge import Judge, answer, views
 from lampq_rt.calibrate.metrics import alpha, fisher
 from lampq_rt.calibrate.metrics.alpha import TypeDrops
@@ -25,8 +27,6 @@ from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import BLOCK_LINEARS, Site
 
-BATCH = 16
-
 HALF_RANGE = 65504.0 / 4
 """Largest absolute value of the residual stream that fp16 is trusted with: a quarter of its range."""
 
@@ -36,12 +36,13 @@ class Measurements:
 
     Args:
         model: the floating-point model; copied, never changed.
-        images: fp32 [n, C, H, W], normalised as for the model.
-        labels: int64 [n], or None.
+        images: fp32 [n, C, H, W], normalised as for the model; this process's share of them.
+        labels: int64 [n] of the same images, or None.
         target: what the menu of formats is for (`backends.TARGETS`).
         seed: of everything that is sampled.
         device: where the measuring runs.
         report: told of progress.
+        shard: the processes that have the other images.
 
     Raises:
         ModelError, DataError, BackendError: see `check_images`, `check_labels`, `resolve_device`.
@@ -57,6 +58,7 @@ class Measurements:
         seed: int,
         device: torch.device,
         report: Report,
+        shard: Shard = SINGLE,
     ) -> None:
         self.simulation = Simulation(model).float().to(device)
         self.description = self.simulation.description
@@ -64,11 +66,16 @@ class Measurements:
             site.name: {_width(formats): formats for formats in backends.menu(site, target)}
             for site in self.description.sites
         }
-        self.images = check_images(images, self.simulation)
-        self.seed, self.report = seed, report
+        self.shard, self.seed, self.report = shard, seed, report
+        self.images = shard.together(lambda: check_images(images, self.simulation))
+        counts = shard.objects(len(self.images))
+        assert not any(count % UNIT for count in counts[:-1]), f"shares of {counts} images: not in whole units"
+        self.count = sum(counts)
         self.linears = tuple(site for site in self.description.sites if site.kind in BLOCK_LINEARS)
         logits, self.residual_max = self._run()
-        self.judge = Judge(self.images, logits, check_labels(labels, len(images), logits.shape[1]), len(images))
+        self.labels = shard.together(lambda: check_labels(labels, len(images), logits.shape[1]))
+        truth = None if self.labels is None else shard.gather(self.labels)
+        self.judge = Judge(self.images, logits, truth, self.count, shard)
         self._steps: dict[tuple[str, str, int], SiteParams] = {}
 
     @property
@@ -80,23 +87,24 @@ class Measurements:
     def plan_judge(self) -> Judge:
         """What plans are compared by: the images and shifted views of them."""
         self.simulation.reset()
-        seen = views(self.images)
-        others = seen[len(self.images) :]
-        logits = torch.cat([self.judge.logits, answer(self.simulation, others)]) if len(others) else self.judge.logits
-        return Judge(seen, logits, self.judge.labels, len(self.images))
+        height, width = self.images.shape[-2:]
+        others = range(1, views(self.count, (height, width)))
+        logits = [answer(self.simulation, self.images, view, self.shard) for view in others]
+        return replace(self.judge, logits=torch.cat([self.judge.logits, *logits]))
 
     @cached_property
-    def observations(self) -> dict[str, Observation]:
+    def observations(self) -> Mapping[str, Observation]:
         """Samples and ranges of every site's operands."""
         return observe(
             self.simulation,
             self.images,
             seed=self.seed,
             progress=lambda d, n: self.report("observing activations", d, n),
+            shard=self.shard,
         )
 
     @cached_property
-    def fisher(self) -> dict[str, Fisher]:
+    def fisher(self) -> Mapping[str, Fisher]:
         """Gradient statistics of the blocks' linears."""
         self.simulation.reset()
         names = [site.name for site in self.linears]
@@ -104,9 +112,10 @@ class Measurements:
             self.simulation.model,
             self.images,
             names,
-            labels=self.judge.labels,
+            labels=self.labels,
             seed=self.seed,
             progress=lambda d, n: self.report("Fisher information", d, n),
+            shard=self.shard,
         )
 
     @cached_property
@@ -132,14 +141,21 @@ class Measurements:
         }
         missing = {name: formats for name, formats in missing.items() if formats}
         if missing:
-            found = step_table(
-                self.simulation,
-                self.observations,
-                missing,
-                search,
-                progress=lambda d, n: self.report(f"steps of {len(missing)} sites", d, n),
-            )
-            self._steps.update({(search, name, bits): p for name, row in found.items() for bits, p in row.items()})
+            observations, total = self.observations, len(missing)
+            own = list(missing)[self.shard.rank :: self.shard.world]
+
+            def solve() -> dict[str, dict[int, SiteParams]]:
+                return step_table(
+                    self.simulation,
+                    observations,
+                    {name: missing[name] for name in own},
+                    search,
+                    progress=lambda d, n: self.report(f"steps of {total} sites", d * total // n, total),
+                )
+
+            found = self.shard.together(solve)
+            for part in self.shard.objects(found):
+                self._steps.update({(search, name, bits): p for name, row in part.items() for bits, p in row.items()})
         return {name: {width: self._steps[search, name, width] for width in widths} for name, widths in wanted.items()}
 
     @torch.no_grad()
@@ -155,14 +171,15 @@ class Measurements:
         ]
         logits, done = [], 0
         try:
-            for batch in self.images.split(BATCH):
+            for batch in self.images.split(UNIT):
                 logits.append(self.simulation(batch.to(peaks[0].device)).flatten(1).float())
                 done += len(batch)
                 self.report("floating-point answers", done, len(self.images))
         finally:
             for hook in hooks:
                 hook.remove()
-        found, peak = torch.cat(logits), float(torch.stack(peaks).max())
+        found = self.shard.gather(torch.cat(logits))
+        peak = max(self.shard.objects(float(torch.stack(peaks).max())))
         if not bool(found.isfinite().all()) or not peak < float("inf"):
             raise DataError(
                 "the model's answers to the calibration images are not finite (NaN or infinity in its weights?)"
@@ -211,6 +228,7 @@ class SearchEvidence:
                     [site.name for site in self.sites],
                     seed=m.seed,
                     progress=lambda d, n: m.report(f"Fisher information at {self.nominal} bits", d, n),
+                    shard=m.shard,
                 )
         finally:
             m.simulation.reset()

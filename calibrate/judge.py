@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lampq_rt.calibrate.distributed import SINGLE, UNIT, Shard
 from lampq_rt.simulate import Simulation
-
-BATCH = 32
 
 TEMPERATURE = 1.5
 MARGIN = 0.1
@@ -62,16 +61,18 @@ class Judge:
     """Holds the images and what should be answered to them.
 
     Attributes:
-        images: fp32 [V * n, C, H, W]: n images, then V - 1 other views of them all.
-        logits: fp32 [V * n, classes] of the floating-point model.
+        images: fp32 [m, C, H, W]: this process's share of the n images.
+        logits: fp32 [V * n, classes] of the floating-point model: of all images, then of V - 1 other views of them.
         labels: int64 [n], or None.
         count: n. Views decide by their divergence alone.
+        shard: the processes that have the other images.
     """
 
     images: Tensor
     logits: Tensor
     labels: Tensor | None
     count: int
+    shard: Shard = SINGLE
 
     @torch.no_grad()
     def __call__(self, simulation: Simulation, rival: Answers | None = None) -> Answers:
@@ -82,13 +83,14 @@ class Judge:
             rival: answers that these should beat. Where the images as they are show that they do not, or by how far
                 they would have to catch up that they hardly can, the other views are not run.
         """
-        logits = answer(simulation, self.images[: self.count])
+        logits = answer(simulation, self.images, shard=self.shard)
         if rival is not None:
             seen = self.judge(logits)
             if seen.accuracy < rival.accuracy or seen.unshifted > rival.unshifted * (1.0 + MARGIN):
                 return replace(seen, divergence=math.inf)
-        others = self.images[self.count :]
-        return self.judge(torch.cat([logits, answer(simulation, others)]) if len(others) else logits)
+        views = range(1, len(self.logits) // self.count)
+        others = [answer(simulation, self.images, view, self.shard) for view in views]
+        return self.judge(torch.cat([logits, *others]))
 
     def judge(self, logits: Tensor) -> Answers:
         """The answers that these logits are, [V * n, classes], or [n, classes] of the images as they are."""
@@ -107,21 +109,28 @@ class Judge:
 
 
 @torch.no_grad()
-def answer(simulation: Simulation, images: Tensor) -> Tensor:
-    """fp32 logits [n, classes] of `simulation` as it is set, on its device."""
+def answer(simulation: Simulation, images: Tensor, view: int = 0, shard: Shard = SINGLE) -> Tensor:
+    """fp32 logits [n, classes] of `simulation` as it is set, to all processes' images in that view, on its device."""
     device = next(simulation.parameters()).device
-    return torch.cat([simulation(batch.to(device)).flatten(1).float() for batch in images.split(BATCH)])
+    batches = (shifted(batch, view).to(device) for batch in images.split(UNIT))
+    return shard.gather(torch.cat([simulation(batch).flatten(1).float() for batch in batches]))
 
 
-def views(images: Tensor) -> Tensor:
-    """Each image as it is and shifted in two directions, the edge reflected: [n, C, H, W] to [3n, C, H, W].
+def views(count: int, size: tuple[int, int]) -> int:
+    """Views of `count` images of that height and width: 3, or 1 where they suffice or are too small for `shifted`."""
+    height, width = size
+    return 1 if count >= ENOUGH or min(height, width) <= 2 * max(_shift(height), _shift(width)) else 3
 
-    `ENOUGH` images, and those too small to reflect an edge, are returned as they are.
-    """
-    height, width = images.shape[-2:]
-    down, right = (max(1, round(SHIFT * side)) for side in (height, width))
-    if len(images) >= ENOUGH or min(height, width) <= 2 * max(down, right):
+
+def shifted(images: Tensor, view: int) -> Tensor:
+    """[B, C, H, W] as they are (view 0), up and to the left (1) or up alone (2), the edge reflected."""
+    if not view:
         return images
+    height, width = images.shape[-2:]
+    down, right = _shift(height), _shift(width)
     padded = F.pad(images, (right, right, down, down), mode="reflect")
-    shifted = [padded[..., 2 * down :, 2 * right :], padded[..., 2 * down :, :width]]
-    return torch.cat([images, *shifted])
+    return padded[..., 2 * down :, 2 * right :] if view == 1 else padded[..., 2 * down :, :width]
+
+
+def _shift(side: int) -> int:
+    return max(1, round(SHIFT * side))

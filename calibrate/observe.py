@@ -1,10 +1,10 @@
 """What flows through the floating-point model: samples and exact ranges of every site's operands.
 
 One pass over the calibration images, in small batches, with a hook on each site of the simulation. Only samples are
-kept, so memory does not grow with the number of images: for a linear, rows of its input drawn over images and
-tokens; for QK^T, whole images, because a logit needs all keys of its image; for PV, rows of v. Ranges are exact:
-they cover every value. Which rows and images are drawn depends on the seed and on the number of images and tokens
-alone.
+kept, and those on disk (`spill`), so memory does not grow with the number of images: for a linear, rows of its input
+drawn over images and tokens; for QK^T, whole images, because a logit needs all keys of its image; for PV, rows of v.
+Ranges are exact: they cover every value. Which rows and images are drawn depends on the seed and on the number of
+images and tokens alone.
 
 The class token (any prefix token) is one row in two hundred, unlike all others, and the only one that the head
 reads. Drawn like any other row it is as good as absent, and a search clips its outliers away: on DeiT-Tiny's qkv at
@@ -16,18 +16,20 @@ as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lampq_rt.calibrate.distributed import SINGLE, UNIT, Shard
+from lampq_rt.calibrate.spill import Lazy, Spill
 from lampq_rt.errors import DataError
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import Kind, Site
 
-BATCH = 16
+BATCH = UNIT
 """Images that run at once."""
 
 PREFIX_SHARE = 0.25
@@ -99,19 +101,26 @@ Observation = LinearObservation | QKObservation | PVObservation
 
 @torch.no_grad()
 def observe(
-    simulation: Simulation, images: Tensor, *, seed: int, rows: int = 1024, progress: Progress | None = None
-) -> dict[str, Observation]:
+    simulation: Simulation,
+    images: Tensor,
+    *,
+    seed: int,
+    rows: int = 1024,
+    progress: Progress | None = None,
+    shard: Shard = SINGLE,
+) -> Mapping[str, Observation]:
     """Run the calibration images through the model in floating point and keep what a search of steps needs.
 
     Args:
         simulation: of the model; every site is returned to floating point and stays so.
-        images: fp32 [n, C, H, W], normalised as for the model, on any device.
+        images: fp32 [n, C, H, W], normalised as for the model, on any device; this process's share of them.
         seed: of the sampling.
         rows: rows kept per site.
         progress: called with the number of images done and n after each batch.
+        shard: the processes that have the other images.
 
     Returns:
-        An observation per site name, on the simulation's device.
+        An observation per site name, on the simulation's device, read from disk each time.
 
     Raises:
         DataError: no images, or a NaN or infinity; the message names the site where it first appears.
@@ -121,25 +130,48 @@ def observe(
         raise DataError(f"calibration images have shape {shape}; expected [n, channels, height, width], n >= 1")
     simulation.reset()
     device = next(simulation.parameters()).device
-    watchers = {s.name: _watcher(s, simulation, len(images), rows, seed) for s in simulation.description.sites}
-    hooks = [simulation.module(name).register_forward_pre_hook(_hook(watcher)) for name, watcher in watchers.items()]
-    try:
-        for start in range(0, len(images), BATCH):
-            logits = simulation(images[start : start + BATCH].to(device))
-            if not bool(logits.isfinite().all()):
-                raise DataError(f"the model's output is not finite for calibration images from number {start} on")
-            if progress is not None:
-                progress(min(start + BATCH, len(images)), len(images))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: watcher.result() for name, watcher in watchers.items()}
+    counts = shard.objects(len(images))
+    part = _Part(sum(counts), sum(counts[: shard.rank]), rows, seed, Spill())
+    watchers = {s.name: _watcher(s, simulation, part) for s in simulation.description.sites}
+
+    def run() -> None:
+        hooks = [simulation.module(name).register_forward_pre_hook(_hook(w)) for name, w in watchers.items()]
+        try:
+            for start in range(0, len(images), BATCH):
+                logits = simulation(images[start : start + BATCH].to(device))
+                if not bool(logits.isfinite().all()):
+                    number = part.first + start
+                    raise DataError(f"the model's output is not finite for calibration images from number {number} on")
+                if progress is not None:
+                    progress(min(start + BATCH, len(images)), len(images))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for watcher in watchers.values():
+            watcher.check()
+
+    shard.together(run)
+    if shard.world > 1:
+        for watcher in watchers.values():
+            watcher.gather(shard)
+    return Lazy(list(watchers), lambda name: watchers[name].result())
 
 
 def patches(images: Tensor, conv: nn.Conv2d) -> Tensor:
     """[B, C, H, W] as rows [B, L, K]: what a convolution of disjoint patches multiplies with its flattened weight."""
     height, width = conv.kernel_size
     return F.unfold(images, (height, width), stride=(height, width)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What all watchers share: the number of images, that of this process's first, rows to keep, seed, the disk."""
+
+    images: int
+    first: int
+    wanted: int
+    seed: int
+    spill: Spill
 
 
 class _Sampler:
@@ -149,12 +181,11 @@ class _Sampler:
     are prefix tokens, they and the others are drawn apart.
     """
 
-    def __init__(self, site: str, images: int, wanted: int, seed: int, prefix: int = 0) -> None:
-        self.site, self.images, self.wanted, self.seed, self.prefix = site, images, wanted, seed, prefix
+    def __init__(self, site: str, part: _Part, prefix: int = 0) -> None:
+        self.site, self.part, self.prefix = site, part, prefix
         self.chosen: Tensor | None = None
         self.weight: Tensor | None = None
         self.start = 0
-        self.kept: list[Tensor] = []
 
     def take(self, x: Tensor) -> None:
         """Keep the drawn rows of the next batch, [B, T, ...]."""
@@ -162,28 +193,37 @@ class _Sampler:
         if self.chosen is None:
             self._draw(per_image)
             assert self.chosen is not None
+            self.start = self.part.first * per_image
         stop = self.start + x.shape[0] * per_image
         here = self.chosen[(self.chosen >= self.start) & (self.chosen < stop)] - self.start
-        self.kept.append(x.flatten(0, 1)[here.to(x.device)].float())
+        self.part.spill.append(self.site, x.flatten(0, 1)[here.to(x.device)])
         self.start = stop
 
     def _draw(self, per_image: int) -> None:
-        order = torch.randperm(self.images * per_image, generator=torch.Generator().manual_seed(self.seed))
+        source = torch.Generator().manual_seed(self.part.seed)
+        order, wanted = torch.randperm(self.part.images * per_image, generator=source), self.part.wanted
         if not 0 < self.prefix < per_image:
-            self.chosen = order[: self.wanted].sort().values
+            self.chosen = order[:wanted].sort().values
             return
         special = order % per_image < self.prefix
-        first = order[special][: max(1, int(PREFIX_ROWS * self.wanted))]
-        self.chosen = torch.cat((first, order[~special][: max(1, self.wanted - len(first))])).sort().values
+        first = order[special][: max(1, int(PREFIX_ROWS * wanted))]
+        self.chosen = torch.cat((first, order[~special][: max(1, wanted - len(first))])).sort().values
         special = self.chosen % per_image < self.prefix
         shares = torch.where(special, PREFIX_SHARE / special.sum(), (1.0 - PREFIX_SHARE) / (~special).sum())
         self.weight = (shares * len(shares)).float()
 
+    def check(self) -> None:
+        """Refuse a site that did not run."""
+        if self.chosen is None:
+            raise DataError(f"site {self.site!r} did not run: it has no part in the model's forward pass")
+
+    def gather(self, shard: Shard) -> None:
+        """Put all processes' rows together."""
+        self.part.spill.replace(self.site, shard.gather(self.part.spill.read(self.site)))
+
     def result(self) -> Tensor:
         """All drawn rows, fp32 [R, ...], in order of images and tokens."""
-        if not self.kept:
-            raise DataError(f"site {self.site!r} did not run: it has no part in the model's forward pass")
-        return torch.cat(self.kept)
+        return self.part.spill.read(self.site)
 
 
 class _LinearWatcher:
@@ -201,6 +241,16 @@ class _LinearWatcher:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.sampler.take(x)
 
+    def check(self) -> None:
+        """See `_Sampler.check`."""
+        self.sampler.check()
+
+    def gather(self, shard: Shard) -> None:
+        """Put all processes' observations together."""
+        lows, highs = zip(*shard.objects((self.low, self.high)), strict=True)
+        self.low, self.high = min(lows), max(highs)
+        self.sampler.gather(shard)
+
     def result(self) -> LinearObservation:
         """What was seen."""
         rows, weight = self.sampler.result(), self.sampler.weight
@@ -210,10 +260,8 @@ class _LinearWatcher:
 class _QKWatcher:
     """Gathers a `QKObservation`: images spread evenly over the set."""
 
-    def __init__(self, site: str, images: int) -> None:
-        self.site, self.images, self.start = site, images, 0
-        self.q: list[Tensor] = []
-        self.k: list[Tensor] = []
+    def __init__(self, site: str, part: _Part) -> None:
+        self.site, self.part, self.start = site, part, part.first
         self.q_max: Tensor | None = None
         self.k_max: Tensor | None = None
 
@@ -221,32 +269,54 @@ class _QKWatcher:
         """A batch, [B, H, T, d] each."""
         self.q_max = _head_max(self.site, "q", q, self.q_max)
         self.k_max = _head_max(self.site, "k", k, self.k_max)
-        keep = min(LOGIT_IMAGES, max(1, LOGIT_TOKENS // q.shape[2]), self.images)
-        chosen = {i * self.images // keep for i in range(keep)}
+        images = self.part.images
+        keep = min(LOGIT_IMAGES, max(1, LOGIT_TOKENS // q.shape[2]), images)
+        chosen = {i * images // keep for i in range(keep)}
         here = [i for i in range(q.shape[0]) if self.start + i in chosen]
-        self.q.append(q[here].float())
-        self.k.append(k[here].float())
+        for operand, x in (("q", q), ("k", k)):
+            self.part.spill.append(f"{self.site} {operand}", x[here])
         self.start += q.shape[0]
+
+    def check(self) -> None:
+        """See `_Sampler.check`."""
+        if self.q_max is None:
+            raise DataError(f"site {self.site!r} did not run: it has no part in the model's forward pass")
+
+    def gather(self, shard: Shard) -> None:
+        """Put all processes' observations together."""
+        assert self.q_max is not None and self.k_max is not None
+        self.q_max, self.k_max = (shard.gather(x[None]).amax(0) for x in (self.q_max, self.k_max))
+        for key in (f"{self.site} q", f"{self.site} k"):
+            self.part.spill.replace(key, shard.gather(self.part.spill.read(key)))
 
     def result(self) -> QKObservation:
         """What was seen."""
-        if self.q_max is None or self.k_max is None:
-            raise DataError(f"site {self.site!r} did not run: it has no part in the model's forward pass")
-        return QKObservation(torch.cat(self.q), torch.cat(self.k), self.q_max, self.k_max)
+        assert self.q_max is not None and self.k_max is not None
+        q, k = (self.part.spill.read(f"{self.site} {operand}") for operand in "qk")
+        return QKObservation(q, k, self.q_max, self.k_max)
 
 
 class _PVWatcher:
     """Gathers a `PVObservation`."""
 
-    def __init__(self, site: str, images: int, rows: int, seed: int) -> None:
-        self.site = site
-        self.sampler = _Sampler(site, images, rows, seed)
+    def __init__(self, site: str, part: _Part) -> None:
+        self.site, self.sampler = site, _Sampler(site, part)
         self.v_max: Tensor | None = None
 
     def see(self, logits: Tensor, v: Tensor) -> None:
         """A batch: logits [B, H, T, T] and v [B, H, T, d]."""
         self.v_max = _head_max(self.site, "v", v, self.v_max)
         self.sampler.take(v.transpose(1, 2))  # [B, T, H, d]
+
+    def check(self) -> None:
+        """See `_Sampler.check`."""
+        self.sampler.check()
+
+    def gather(self, shard: Shard) -> None:
+        """Put all processes' observations together."""
+        assert self.v_max is not None
+        self.v_max = shard.gather(self.v_max[None]).amax(0)
+        self.sampler.gather(shard)
 
     def result(self) -> PVObservation:
         """What was seen."""
@@ -258,16 +328,16 @@ class _PVWatcher:
 _Watcher = _LinearWatcher | _QKWatcher | _PVWatcher
 
 
-def _watcher(site: Site, simulation: Simulation, images: int, rows: int, seed: int) -> _Watcher:
+def _watcher(site: Site, simulation: Simulation, part: _Part) -> _Watcher:
     module = simulation.module(site.name)
     if site.kind is Kind.QK:
-        return _QKWatcher(site.name, images)
+        return _QKWatcher(site.name, part)
     if site.kind is Kind.PV:
-        return _PVWatcher(site.name, images, rows, seed)
+        return _PVWatcher(site.name, part)
     assert isinstance(module, SimulatedLinear), site.name
     conv = module.original if isinstance(module.original, nn.Conv2d) else None
     prefix = getattr(simulation.model, "num_prefix_tokens", 0) if site.block is not None else 0
-    return _LinearWatcher(site.name, conv, _Sampler(site.name, images, rows, seed, prefix))
+    return _LinearWatcher(site.name, conv, _Sampler(site.name, part, prefix))
 
 
 def _hook(watcher: _Watcher) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lampq_rt.calibrate.allocate import ALLOCATORS, Allocation, Problem
 from lampq_rt.calibrate.costs import COSTS, Budget, Cost
+from lampq_rt.calibrate.distributed import SINGLE, Shard
 from lampq_rt.calibrate.evidence import Measurements, SearchEvidence, resolve_device
 from lampq_rt.calibrate.metrics import PENALTIES, Score
 from lampq_rt.calibrate.progress import Report, reporting
@@ -47,6 +48,7 @@ def make_plan(
     model_name: str | None = None,
     images_digest: str | None = None,
     progress: Report | bool | None = None,
+    shard: Shard = SINGLE,
 ) -> Plan:
     """Choose bits and steps for every site of `model`.
 
@@ -64,6 +66,8 @@ def make_plan(
         model_name: what the plan calls the model; timm's name of it by default.
         images_digest: what the plan records of the images; the SHA-256 of their values by default.
         progress: True for a bar, or a function called with stage, done and total.
+        shard: the processes that calibrate together (`distributed.current`); images and labels are then this process's
+            share of them (`Shard.share`). All processes get the same plan.
 
     Raises:
         ModelError: the model is of no supported family.
@@ -84,6 +88,7 @@ def make_plan(
             model_name=model_name,
             images_digest=images_digest,
             report=report,
+            shard=shard,
         )
         return calibration.plan(budget, recipe)
 
@@ -99,10 +104,20 @@ def calibrate(
     model_name: str | None = None,
     images_digest: str | None = None,
     report: Report | None = None,
+    shard: Shard = SINGLE,
 ) -> Calibration:
     """A calibration that several plans can be asked of; arguments and errors as `make_plan`."""
     return Calibration(
-        model, images, labels, target, seed, device, model_name=model_name, images_digest=images_digest, report=report
+        model,
+        images,
+        labels,
+        target,
+        seed,
+        device,
+        model_name=model_name,
+        images_digest=images_digest,
+        report=report,
+        shard=shard,
     )
 
 
@@ -140,6 +155,7 @@ class Calibration:
         model_name: str | None,
         images_digest: str | None,
         report: Report | None,
+        shard: Shard = SINGLE,
     ) -> None:
         self.measurements = Measurements(
             model,
@@ -149,13 +165,14 @@ class Calibration:
             seed=seed,
             device=resolve_device(device),
             report=report or (lambda stage, done, total: None),
+            shard=shard,
         )
         self.description = self.measurements.description
         self.costs: dict[str, Cost] = {unit: COSTS.get(unit)(model, self.description) for unit in COSTS}
         self.target = target
         self.model_name = model_name or self.description.architecture
         self.weights_digest = weights_digest(model)
-        self.images_digest = images_digest or tensor_digest(self.measurements.images)
+        self.images_digest = images_digest or digest(self.measurements.images, shard)
         self._evidence: dict[tuple[str, int], SearchEvidence] = {}
         self._scores: dict[tuple[str, str, int], Score] = {}
 
@@ -324,7 +341,7 @@ class Calibration:
             "seed": self.measurements.seed,
             "target": self.target,
             "images": {
-                "count": len(self.measurements.images),
+                "count": self.measurements.count,
                 "sha256": self.images_digest,
                 "labels": self.measurements.judge.labels is not None,
             },
@@ -348,12 +365,14 @@ class Calibration:
         }
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 over shape, dtype and bytes, hexadecimal."""
-    data = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{data.dtype}|{tuple(data.shape)}|".encode())
-    digest.update(data.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def digest(images: Tensor, shard: Shard) -> str:
+    """SHA-256 over the SHA-256 of every image's shape, dtype and bytes, in order, hexadecimal."""
+    own = []
+    for image in images.detach().cpu():
+        found = hashlib.sha256(f"{image.dtype}|{tuple(image.shape)}|".encode())
+        found.update(image.contiguous().flatten().view(torch.uint8).numpy().data)
+        own.append(found.hexdigest())
+    return hashlib.sha256("".join(text for part in shard.objects(own) for text in part).encode()).hexdigest()
 
 
 def _rounded(mean_bits: float) -> int:

@@ -15,6 +15,7 @@ only 3 points, and the divergence of `judge` does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -194,8 +195,8 @@ def _price(problem: Problem, name: str, width: int, wider: int | None) -> float:
 def _measure(
     simulation: Simulation, bits: Mapping[str, int], judge: Judge, rival: Answers | None
 ) -> tuple[Answers, dict[str, float]]:
-    """The model's answers, and each site's relative error in the same run."""
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in bits}
+    """The model's answers, and each site's relative error in the same run: exact sums over all processes' batches."""
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in bits}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -204,7 +205,7 @@ def _measure(
             x, y_hat = (t.flatten(0, -2)[::TOKEN_STRIDE] for t in (inputs[0], output))
             y = F.linear(x, module.original.weight)
             error = (y_hat - bias - y).square().sum(dtype=torch.float64)
-            sums[name] += torch.stack((error, y.square().sum(dtype=torch.float64))).cpu()
+            seen[name].append((float(error), float(y.square().sum(dtype=torch.float64))))
 
         return see
 
@@ -214,4 +215,9 @@ def _measure(
     finally:
         for handle in hooks:
             handle.remove()
-    return answers, {name: float(total[0] / total[1].clamp_min(1e-300)) for name, total in sums.items()}
+    relative = {}
+    parts = judge.shard.objects(seen)
+    for name in bits:
+        errors, sizes = zip(*(pair for part in parts for pair in part[name]), strict=True)
+        relative[name] = math.fsum(errors) / max(math.fsum(sizes), 1e-300)
+    return answers, relative

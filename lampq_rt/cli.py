@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lampq_rt import cli_make, cli_measure, cli_tune
+from lampq_rt import cli_frontier, cli_make, cli_measure, cli_tune
 from lampq_rt.cli_common import CommandGroup, Json, Output, quiet
 from lampq_rt.version import __version__
 
@@ -71,6 +71,7 @@ main.command()(cli_make.calibrate)
 main.command()(cli_make.compile)
 main.command(name="eval")(cli_measure.evaluate)
 main.command()(cli_measure.bench)
+main.command()(cli_frontier.frontier)
 main.command()(cli_tune.tune)
 
 

@@ -63,15 +63,16 @@ class Output:
 
     Args:
         json_target: value of `--json`. A file in a folder that does not exist is refused here, before the work.
+        silent: True for a process that leaves the speaking to another.
 
     Raises:
         DataError: the JSON could not be written there.
     """
 
-    def __init__(self, json_target: str | None) -> None:
-        self.json_target = json_target
-        self.people = Console(stderr=json_target == STDOUT, highlight=False)
-        self.aside = Console(stderr=True, highlight=False)
+    def __init__(self, json_target: str | None, *, silent: bool = False) -> None:
+        self.json_target = None if silent else json_target
+        self.people = Console(stderr=json_target == STDOUT, highlight=False, quiet=silent)
+        self.aside = Console(stderr=True, highlight=False, quiet=silent)
         if json_target not in (None, STDOUT):
             check_destination(Path(json_target), "JSON")
 

@@ -56,11 +56,12 @@ def calibrate(
           --budget weight_bytes=15% --budget bops=20% --out vit_base.plan
     """
     from lampq_rt import images as pictures
-    from lampq_rt.calibrate import RECIPES, Budget, make_plan
+    from lampq_rt.calibrate import RECIPES, Budget, distributed, make_plan
     from lampq_rt.errors import BudgetError
     from lampq_rt.models import check_name, classes, load_model
 
-    output = Output(json)
+    shard = distributed.current()  # of its own, unless it was started as python -m lampq_rt.calibrate by torchrun
+    output = Output(json, silent=not shard.first)
     limits = ([f"mean_bits={mean_bits}"] if mean_bits is not None else []) + (budget or [])
     if not limits:
         raise BudgetError("no budget given: --mean-bits BITS, --budget UNIT=LIMIT, or both")
@@ -72,14 +73,15 @@ def calibrate(
     chosen = pictures.choose(files, calib_images, seed)
     if len(chosen) < calib_images:
         output.note(f"{images} holds {plural(len(chosen), 'image')}, fewer than the {calib_images} asked for")
-    network = load_model(model, weights)
+    own = shard.share(chosen)
+    network = shard.together(lambda: load_model(model, weights))
     truth = None
     if labels is not None:
         import torch
 
         table = pictures.read_labels(labels, images, files, classes(network))
-        truth = torch.tensor([table[path] for path in chosen])
-    tensor = pictures.load_images(chosen, pictures.preprocessing(model))
+        truth = torch.tensor([table[path] for path in own])
+    tensor = shard.together(lambda: pictures.load_images(own, pictures.preprocessing(model)))
     started = time.perf_counter()
     plan = make_plan(
         network,
@@ -91,10 +93,12 @@ def calibrate(
         seed=seed,
         device=device,
         model_name=model,
-        progress=True,
+        progress=shard.first,
+        shard=shard,
     )
     seconds = time.perf_counter() - started
-    plan.save(out)
+    if shard.first:
+        plan.save(out)
     _report_plan(output, plan, out, len(chosen), seconds)
 
 

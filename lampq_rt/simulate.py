@@ -119,7 +119,7 @@ class Simulation(nn.Module):
     """A model in which every site can be quantised or left alone, one by one.
 
     Args:
-        model: the floating-point model; it is copied, never changed.
+        model: the floating-point model, never changed; the weights are shared with it, the rest is copied.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -168,7 +168,9 @@ def test_quickstart_without_latency(tmp_path):
     assert by_recipe[3, "lampq"]["disk_bytes"] < 0.2 * facts["fp32_bytes"]
 
 
-@pytest.mark.parametrize("command", ["quickstart", "calibrate", "compile", "eval", "bench", "tune", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["quickstart", "calibrate", "compile", "eval", "bench", "frontier", "tune", "inspect"]
+)
 def test_help_has_examples(command):
     output = succeed(command, "--help").output
     assert "Examples:" in output and f"lampq {command}" in output

@@ -5,30 +5,31 @@ weight is D^T X, with its inputs X [T, K] and output gradients D [T, N] over the
 
     || D^T X ||_F^2 = sum( (X X^T) o (D D^T) ),
 
-two [T, T] Gram matrices in place of one [N, K] matrix; whichever costs less is taken. The loss is summed over the
-batch: samples do not meet in a network without batch statistics, so each row of D belongs to its sample alone. (The
-squared norm of a batch's mean gradient is another quantity.) Only gradients of the linears' outputs are asked of
-autograd, none of weights.
+two [T, T] Gram matrices in place of one [N, K] matrix; whichever costs less is taken. (The squared norm of a batch's
+mean gradient is another quantity.) Images run one at a time: the graph of one is the largest thing in memory here,
+and a layer's gradient is used up as soon as autograd has it. Only gradients of the linears' outputs are asked for,
+none of weights.
 
 The same pass keeps, per linear, rows of the input with the squared output gradients of those rows: what a penalty
 needs that weighs the error of the layer's output. Rows are drawn in proportion to their share of the gradient (in a
 ViT's last block it falls on the class token alone) and carry the inverse of their probability as a weight, so that
-sums over them are unbiased.
+sums over them are unbiased. Labels and rows are drawn by the seed and the image's number, so that processes which
+have some of the images each draw what one process would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lampq_rt.calibrate.distributed import SINGLE, UNIT, Shard, generator
+from lampq_rt.calibrate.spill import Lazy, Spill
 from lampq_rt.errors import DataError
-
-BATCH = 8
-"""Images that run at once."""
 
 UNIFORM_SHARE = 0.1
 """Share of the row sampling that is uniform over tokens, so that no row's weight is boundless."""
@@ -66,47 +67,49 @@ def score(
     rows: int = 1024,
     seed: int = 0,
     progress: Progress | None = None,
-) -> dict[str, Fisher]:
+    shard: Shard = SINGLE,
+) -> Mapping[str, Fisher]:
     """Fisher traces and weighted rows of the linears called `sites`.
 
     Args:
         model: in eval mode and floating point; images in, logits [B, classes] out. It is left as it was.
-        images: fp32 [n, C, H, W] on any device.
+        images: fp32 [n, C, H, W] on any device; this process's share of them.
         sites: names of submodules that are called once in a forward pass with [B, ..., K] and return [B, ..., N].
         labels: int64 [n]; None draws them from the model's own answers (then it is the Fisher matrix itself; given
             labels make it the "empirical" one).
         draws: labels drawn per image, each at the price of a backward pass; labels that are given count once.
-        rows: rows kept per linear, spread evenly over the images.
+        rows: rows kept per linear, spread evenly over the images of all processes.
         seed: of the labels and rows.
-        progress: called with the number of images done and n after each batch.
+        progress: called with the number of images done and n after each image.
+        shard: the processes that have the other images.
 
     Returns:
-        By name, on the model's device.
+        By name, on the model's device; rows and weights are read from disk each time.
 
     Raises:
         DataError: logits or gradients that are not finite.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    gathered = {name: _Gathered(len(images), rows, generator) for name in sites}
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    hooks = [model.get_submodule(name).register_forward_hook(_keep(seen, name)) for name in sites]
-    try:
-        for start in range(0, len(images), BATCH):
-            batch = images[start : start + BATCH].to(device).detach().requires_grad_(True)
-            seen.clear()
-            with torch.enable_grad():
-                logits = model(batch).flatten(1)
-            chosen = None if labels is None else labels[start : start + BATCH].to(device)[None]
-            gradients = _gradients(logits, {name: seen[name][1] for name in sites}, chosen, draws, generator)
-            for name in sites:
-                gathered[name].add(seen[name][0], gradients[name])
-            if progress is not None:
-                progress(min(start + BATCH, len(images)), len(images))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: gathered[name].result(name) for name in sites}
+    counts = shard.objects(len(images))
+    first, spill = sum(counts[: shard.rank]), Spill()
+    gathered = {name: _Gathered(name, sum(counts), rows, seed, spill) for name in sites}
+
+    def run() -> None:
+        with _listening(model, gathered):
+            for number, image in enumerate(images):
+                chosen = None if labels is None else labels[number : number + 1, None].to(device)
+                _one(model, image[None].to(device), first + number, chosen, draws, seed, gathered)
+                if progress is not None:
+                    progress(number + 1, len(images))
+
+    shard.together(run)
+    sums = {name: g.finish(shard) for name, g in gathered.items()}
+
+    def result(name: str) -> Fisher:
+        trace, output = sums[name]
+        return Fisher(trace, output.to(device), spill.read(f"{name} rows"), spill.read(f"{name} weights"))
+
+    return Lazy(list(sites), result)
 
 
 def squared_norms(x: Tensor, d: Tensor) -> Tensor:
@@ -132,61 +135,109 @@ def sample_labels(logits: Tensor, draws: int, generator: torch.Generator) -> Ten
     return torch.multinomial(probabilities, draws, replacement=True, generator=generator).t().to(logits.device)
 
 
-def _keep(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = (inputs[0].detach(), output)
+@contextmanager
+def _listening(model: nn.Module, gathered: Mapping[str, _Gathered]) -> Iterator[None]:
+    """While this is entered, each linear hands its input, and autograd its output's gradient, to what gathers them."""
 
-    return hook
+    def hook(one: _Gathered) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            one.input = inputs[0].detach()
+            if output.requires_grad:
+                output.register_hook(one.take)
+
+        return see
+
+    hooks = [model.get_submodule(name).register_forward_hook(hook(one)) for name, one in gathered.items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
-def _gradients(
-    logits: Tensor, outputs: dict[str, Tensor], labels: Tensor | None, draws: int, generator: torch.Generator
-) -> dict[str, list[Tensor]]:
-    """By name, the gradient of the loss with respect to that output, once for each draw of labels."""
+def _one(
+    model: nn.Module,
+    image: Tensor,
+    number: int,
+    labels: Tensor | None,
+    draws: int,
+    seed: int,
+    gathered: Mapping[str, _Gathered],
+) -> None:
+    """One image [1, C, H, W], the calibration set's `number`th: forward, and backward once for each label [L, 1]."""
+    with torch.enable_grad():
+        image = image.detach().requires_grad_(True)
+        logits = model(image).flatten(1)
     if not bool(logits.isfinite().all()):
-        raise DataError("the model's output is not finite on the calibration images (NaN or infinity)")
+        raise DataError(f"the model's output is not finite for calibration image number {number} (NaN or infinity)")
     if labels is None:
-        labels = sample_labels(logits, draws, generator)
-    found: dict[str, list[Tensor]] = {name: [] for name in outputs}
+        labels = sample_labels(logits, draws, generator(seed, number, "labels"))
+    for one in gathered.values():
+        one.begin(len(labels))
     for row, drawn in enumerate(labels):
-        loss = F.cross_entropy(logits, drawn, reduction="sum")
-        more = row + 1 < len(labels)
-        gradients = torch.autograd.grad(loss, list(outputs.values()), retain_graph=more, materialize_grads=True)
-        for name, gradient in zip(outputs, gradients, strict=True):
-            found[name].append(gradient)
-    return found
+        with torch.enable_grad():
+            loss = F.cross_entropy(logits, drawn)
+        torch.autograd.grad(loss, image, retain_graph=row + 1 < len(labels))
+    for one in gathered.values():
+        one.end(number)
 
 
 class _Gathered:
-    """Sums up one linear's statistics over batches."""
+    """Gathers one linear's statistics, image by image: sums a unit, rows and their weights on disk."""
 
-    def __init__(self, images: int, rows: int, generator: torch.Generator) -> None:
-        self.images, self.per_image, self.generator = images, max(1, rows // images), generator
-        self.trace = 0.0
-        self.output: Tensor | float = 0.0
-        self.rows: list[Tensor] = []
-        self.weights: list[Tensor] = []
+    def __init__(self, name: str, images: int, rows: int, seed: int, spill: Spill) -> None:
+        self.name, self.images, self.per_image = name, images, max(1, rows // images)
+        self.seed, self.spill = seed, spill
+        self.input = torch.empty(0)
+        self.squared: Tensor | None = None
+        self.trace, self.draws = 0.0, 1
+        self.units: list[Tensor] = []
+        self.unit = -1
 
-    def add(self, x: Tensor, gradients: list[Tensor]) -> None:
-        """A batch: inputs [B, ..., K] and output gradients [B, ..., N], one for each draw of labels."""
-        x = x.reshape(x.shape[0], -1, x.shape[-1]).float()
-        grads = [d.reshape(x.shape[0], x.shape[1], -1).float() for d in gradients]
-        self.trace += float(sum(squared_norms(x, d).sum() for d in grads)) / (len(grads) * self.images)
-        squared = torch.stack([d.square() for d in grads]).mean(0)  # [B, T, N]
-        self.output = self.output + squared.sum((0, 1)) / self.images
-        share = squared.sum(-1).double().cpu()  # [B, T]
-        share = share / share.sum(-1, keepdim=True).clamp_min(1e-300)
-        share = share * (1 - UNIFORM_SHARE) + UNIFORM_SHARE / share.shape[-1]
-        drawn = torch.multinomial(share, self.per_image, replacement=True, generator=self.generator)  # [B, r]
-        scale = 1.0 / (share.gather(1, drawn) * self.per_image * self.images)
-        drawn, scale = drawn.to(x.device), scale.float().to(x.device)
-        image = torch.arange(len(drawn), device=x.device)[:, None]
-        self.rows.append(x[image, drawn].flatten(0, 1))
-        self.weights.append((squared[image, drawn] * scale[..., None]).flatten(0, 1))
+    def begin(self, draws: int) -> None:
+        """An image follows, with so many gradients."""
+        self.squared, self.trace, self.draws = None, 0.0, draws
 
-    def result(self, name: str) -> Fisher:
-        """What was gathered."""
-        if not (self.trace >= 0.0 and self.trace < float("inf")):
-            raise DataError(f"site {name!r}: its gradients are not finite on the calibration images")
-        assert isinstance(self.output, Tensor)
-        return Fisher(self.trace, self.output, torch.cat(self.rows), torch.cat(self.weights))
+    def take(self, gradient: Tensor) -> None:
+        """The gradient [1, ..., N] of the output for one label."""
+        x = self.input.reshape(1, -1, self.input.shape[-1]).float()
+        d = gradient.detach().reshape(1, x.shape[1], -1).float()
+        self.trace += float(squared_norms(x, d)) / self.draws
+        squared = d[0].square().div_(self.draws)
+        self.squared = squared if self.squared is None else self.squared.add_(squared)
+
+    def end(self, number: int) -> None:
+        """That was all of the calibration set's `number`th image."""
+        if self.squared is None:
+            raise DataError(f"site {self.name!r} has no part in the model's answer")
+        squared, x = self.squared, self.input.reshape(-1, self.input.shape[-1]).float()
+        sums = torch.cat((squared.new_tensor([self.trace], dtype=torch.float64), squared.sum(0, dtype=torch.float64)))
+        if number // UNIT == self.unit:
+            self.units[-1] += sums.cpu()
+        else:
+            self.units.append(sums.cpu())
+        self.unit = number // UNIT
+        share = squared.sum(-1).double().cpu()  # [T]
+        share = share / share.sum().clamp_min(1e-300)
+        share = share * (1 - UNIFORM_SHARE) + UNIFORM_SHARE / len(share)
+        if not bool(share.isfinite().all()):
+            raise DataError(f"site {self.name!r}: its gradients are not finite on the calibration images")
+        source = generator(self.seed, number, self.name)
+        drawn = torch.multinomial(share, self.per_image, replacement=True, generator=source)
+        scale = (1.0 / (share[drawn] * self.per_image * self.images)).float().to(x.device)
+        drawn = drawn.to(x.device)
+        self.spill.append(f"{self.name} rows", x[drawn])
+        self.spill.append(f"{self.name} weights", squared[drawn] * scale[:, None])
+        self.input, self.squared = torch.empty(0), None
+
+    def finish(self, shard: Shard) -> tuple[float, Tensor]:
+        """Trace and squared output gradient fp32 [N], means over the images of all processes; rows of all, too."""
+        total: Tensor | float = 0.0
+        for unit in shard.gather(torch.stack(self.units)):
+            total = total + unit
+        assert isinstance(total, Tensor)
+        if shard.world > 1:
+            for key in (f"{self.name} rows", f"{self.name} weights"):
+                self.spill.replace(key, shard.gather(self.spill.read(key)))
+        mean = total / self.images
+        return float(mean[0]), mean[1:].float()

@@ -18,6 +18,12 @@ from lampq_rt.simulate import SimulatedLinear, SimulatedPV, SimulatedQK
 from lampq_rt.sites import Description, Kind, Site, Skipped
 
 
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of modules and buffers whose parameters are new, frozen, and share the memory of the original's."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
 class TimmVit:
     """Adapter of timm's `VisionTransformer` and its subclasses."""
 
@@ -59,7 +65,7 @@ class TimmVit:
     def simulate(self, model: nn.Module) -> nn.Module:
         """See `Adapter.simulate`."""
         description = self.describe(model)
-        twin = copy.deepcopy(model)
+        twin = shared_copy(model)
         for site in description.sites:
             if site.kind is Kind.QK:
                 name = site.name.removesuffix(".qk")

@@ -1,0 +1,77 @@
+"""Samples on disk instead of in memory: hundreds of MB that are read back one site at a time.
+
+The samples of a model of any size outweigh it (a thousand rows of every operand, with gradients as many again), but
+no step of calibration looks at more than one site. They are written to a temporary folder as they come, exactly as
+they are, and read back when they are asked for. The folder goes when nobody refers to it any more.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Spill:
+    """fp32 tensors by key, that grow along their first dimension. Raises OSError where the disk is full."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="lampq-", ignore_cleanup_errors=True)
+        self._shapes: dict[str, list[int]] = {}
+        self._devices: dict[str, torch.device] = {}
+
+    def append(self, key: str, x: Tensor) -> None:
+        """Add rows: fp32 [R, ...]."""
+        shape = self._shapes.setdefault(key, [0, *x.shape[1:]])
+        assert shape[1:] == list(x.shape[1:]), (key, shape, x.shape)
+        self._devices[key] = x.device
+        with self._path(key).open("ab") as file:
+            file.write(x.detach().float().cpu().contiguous().numpy().data)
+        shape[0] += len(x)
+
+    def replace(self, key: str, x: Tensor) -> None:
+        """Put these rows in the place of those that are there."""
+        self._shapes.pop(key, None)
+        self._path(key).unlink(missing_ok=True)
+        self.append(key, x)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shapes
+
+    def read(self, key: str) -> Tensor:
+        """All rows so far, fp32 [R, ...], on the device that the last ones came from."""
+        values = np.fromfile(self._path(key), dtype=np.float32)
+        return torch.from_numpy(values).view(self._shapes[key]).to(self._devices[key])
+
+    def _path(self, key: str) -> Path:
+        return Path(self._folder.name) / key.replace("/", "_")
+
+
+class Lazy(Mapping[str, T]):
+    """A mapping whose values are made anew each time they are asked for.
+
+    Args:
+        names: the keys, in order.
+        make: the value of a key.
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], T]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
