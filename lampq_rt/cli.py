@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lampq_rt import cli_make, cli_measure, cli_tune
+from lampq_rt import cli_make, cli_measure, cli_profile, cli_tune
 from lampq_rt.cli_common import CommandGroup, Json, Output, quiet
 from lampq_rt.version import __version__
 
@@ -72,6 +72,7 @@ main.command()(cli_make.compile)
 main.command(name="eval")(cli_measure.evaluate)
 main.command()(cli_measure.bench)
 main.command()(cli_tune.tune)
+main.command()(cli_profile.profile)
 
 
 @main.command()
