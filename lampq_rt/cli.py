@@ -92,6 +92,7 @@ def inspect(
     """
     import lampq_rt
     from lampq_rt import inspect_plan
+    from lampq_rt.latency import check
 
     output = Output(json)
     if plot is not None:
@@ -103,6 +104,8 @@ def inspect(
     else:
         plan = lampq_rt.Plan.load(path)
     output.show(inspect_plan.summary(plan), inspect_plan.bits_table(plan))
+    if check.predictions(plan):
+        output.show(check.report(plan, {}))
     sensitivities = inspect_plan.sensitivity_table(plan)
     if sensitivities is not None:
         output.show(sensitivities)

@@ -108,9 +108,9 @@ class LatencyTable:
             "l2_bytes": self.l2_bytes,
             "versions": dict(self.versions),
             "written": self.written,
-            "calls": {key: _rounded(ms) for key, ms in sorted(self.calls.items())},
+            "calls": dict(sorted(_all_rounded(self.calls).items())),
             "models": {
-                key: {"name": m.name, "batch": m.batch, "latency_ms": {v: _rounded(ms) for v, ms in m.latency_ms.items()}}
+                key: {"name": m.name, "batch": m.batch, "latency_ms": _all_rounded(m.latency_ms)}
                 for key, m in sorted(self.models.items(), key=lambda item: (item[1].name, item[1].batch))
             },
         }  # fmt: skip
@@ -158,7 +158,23 @@ def find(device: torch.device) -> LatencyTable:
     return found
 
 
-def other_threads(table: LatencyTable) -> list[int]:
+def required(device: str) -> LatencyTable:
+    """The present machine's table.
+
+    Raises:
+        TableError: there is none; the message says how to come by one.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TableError("a latency budget for a GPU, but there is none here; give the table of one: --latency-table")
+    found = find(torch.device(device))
+    if not found.calls:
+        others = _other_threads(found)
+        known = f" (there are tables for {', '.join(map(str, others))} threads)" if others else ""
+        raise TableError(f"no latency table for {found.where}{known}; `lampq profile` makes one")
+    return found
+
+
+def _other_threads(table: LatencyTable) -> list[int]:
     """Numbers of threads that this machine has tables for beside that one's."""
     pattern = re.sub(r"\d+-threads?\.json$", "*.json", table.file_name)
     paths = [path for folder in (SHIPPED, user_path(table).parent) for path in folder.glob(pattern)]
@@ -221,6 +237,6 @@ def _times(data: Any, where: str) -> dict[str, float]:
     return {key: float(ms) for key, ms in data.items()}
 
 
-def _rounded(ms: float) -> float:
+def _all_rounded(times: Mapping[str, float]) -> dict[str, float]:
     """Four significant digits: more than the measurement has."""
-    return float(f"{ms:.4g}")
+    return {key: float(f"{ms:.4g}") for key, ms in times.items()}

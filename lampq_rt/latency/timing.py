@@ -22,7 +22,7 @@ from lampq_rt.latency.calls import Call, TensorSpec
 CALL_SECONDS = 0.15
 """Time given to one call, after warm-up; it is repeated at least `LEAST_REPEATS` times over all copies."""
 
-LEAST_REPEATS = 5
+LEAST_REPEATS = 3
 MOST_COPIES = 96
 CODE_STEP = 1e-4
 """Step of random products of codes: logits and residuals of ordinary size come out."""
@@ -113,7 +113,11 @@ def _index(op: str, name: str) -> int:
 
 def _fill(name: str, value: Any, device: torch.device, generator: torch.Generator) -> Any:
     """Random tensors in the place of `TensorSpec`s."""
-    return tree_map(lambda leaf: _random(name, leaf, device, generator) if isinstance(leaf, TensorSpec) else leaf, value)
+
+    def made(leaf: Any) -> Any:
+        return _random(name, leaf, device, generator) if isinstance(leaf, TensorSpec) else leaf
+
+    return tree_map(made, value)
 
 
 def _random(name: str, spec: TensorSpec, device: torch.device, generator: torch.Generator) -> Tensor:
