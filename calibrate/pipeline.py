@@ -6,30 +6,35 @@
 
 The allocator decides on the blocks' linears (LampQ, AAAI-26, section 4.1). Patch embedding (input at 8 bits), head
 and attention matmuls take the nominal width: the budget's mean bits, rounded; without such a budget, the mean that
-comes out, rounded.
+comes out, rounded. Under a budget of latency a linear may also stay in floating point: that costs time where integers
+are faster, and then buys accuracy only where there is time to spare.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lampq_rt.calibrate.allocate import ALLOCATORS, Allocation, Problem
-from lampq_rt.calibrate.costs import COSTS, Budget, Cost
+from lampq_rt.calibrate.allocate import ALLOCATORS, Problem
+from lampq_rt.calibrate.costs import COSTS, Budget, Cost, PairCost, total
+from lampq_rt.calibrate.costs.timed import TimedCosts
 from lampq_rt.calibrate.distributed import SINGLE, Shard
 from lampq_rt.calibrate.evidence import Measurements, SearchEvidence, resolve_device
 from lampq_rt.calibrate.metrics import PENALTIES, Score
 from lampq_rt.calibrate.progress import Report, reporting
+from lampq_rt.calibrate.proposal import Proposal
 from lampq_rt.calibrate.recipes import RECIPES, Recipe
 from lampq_rt.calibrate.refine import refine
 from lampq_rt.errors import BudgetError
-from lampq_rt.formats import INTEGER_BITS
+from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS
+from lampq_rt.latency.table import LatencyTable
 from lampq_rt.plan import Plan, SiteParams, weights_digest
+from lampq_rt.sites import Site
 from lampq_rt.version import __version__
 
 Penalties = Mapping[str, Mapping[int, float]]
@@ -47,6 +52,7 @@ def make_plan(
     device: str | torch.device | None = None,
     model_name: str | None = None,
     images_digest: str | None = None,
+    latency_table: LatencyTable | Path | None = None,
     progress: Report | bool | None = None,
     shard: Shard = SINGLE,
 ) -> Plan:
@@ -65,6 +71,7 @@ def make_plan(
         device: where to measure, "cpu" (default) or "cuda".
         model_name: what the plan calls the model; timm's name of it by default.
         images_digest: what the plan records of the images; the SHA-256 of their values by default.
+        latency_table: what budgets of latency are reckoned with; by default the present machine's.
         progress: True for a bar, or a function called with stage, done and total.
         shard: the processes that calibrate together (`distributed.current`); images and labels are then this process's
             share of them (`Shard.share`). All processes get the same plan.
@@ -74,6 +81,7 @@ def make_plan(
         DataError: images or labels that do not fit the model or are not finite.
         BudgetError: no choice of bits keeps the budget.
         BackendError: unknown target or device.
+        TableError: a budget of latency, and no table that has what it needs.
         UnknownNameError: unknown recipe.
     """
     RECIPES.get(recipe)  # before the minutes that measuring takes
@@ -87,6 +95,7 @@ def make_plan(
             device,
             model_name=model_name,
             images_digest=images_digest,
+            latency_table=latency_table,
             report=report,
             shard=shard,
         )
@@ -103,6 +112,7 @@ def calibrate(
     device: str | torch.device | None = None,
     model_name: str | None = None,
     images_digest: str | None = None,
+    latency_table: LatencyTable | Path | None = None,
     report: Report | None = None,
     shard: Shard = SINGLE,
 ) -> Calibration:
@@ -116,28 +126,10 @@ def calibrate(
         device,
         model_name=model_name,
         images_digest=images_digest,
+        latency_table=latency_table,
         report=report,
         shard=shard,
     )
-
-
-@dataclass
-class Proposal:
-    """An allocator's answer to one penalty.
-
-    Attributes:
-        penalty: its name, or None where the allocator looks at none.
-        score: what the penalty said.
-        problem: what was solved.
-        allocation: the answer.
-        divergence: on the calibration images (`judge.Answers`), where several proposals were compared.
-    """
-
-    penalty: str | None
-    score: Score | None
-    problem: Problem
-    allocation: Allocation
-    divergence: float | None = None
 
 
 class Calibration:
@@ -154,6 +146,7 @@ class Calibration:
         *,
         model_name: str | None,
         images_digest: str | None,
+        latency_table: LatencyTable | Path | None = None,
         report: Report | None,
         shard: Shard = SINGLE,
     ) -> None:
@@ -169,6 +162,7 @@ class Calibration:
         )
         self.description = self.measurements.description
         self.costs: dict[str, Cost] = {unit: COSTS.get(unit)(model, self.description) for unit in COSTS}
+        self.timed = TimedCosts(model, self.measurements.images.shape[1:], target, latency_table)
         self.target = target
         self.model_name = model_name or self.description.architecture
         self.weights_digest = weights_digest(model)
@@ -181,10 +175,11 @@ class Calibration:
 
         Raises:
             BudgetError: no choice of bits keeps the budget.
+            TableError: a budget of latency, and no table that has what it needs.
             UnknownNameError: unknown recipe.
         """
         chosen = RECIPES.get(recipe)
-        limits = {unit: budget.resolve(unit, self.costs[unit].full) for unit in budget}
+        limits = {unit: self._limit(budget, unit) for unit in budget}
         nominal = self._nominal_bits(chosen, limits)
         fixed = self._fixed(chosen.search, nominal)
         proposals = self._proposals(chosen, limits, nominal)
@@ -248,18 +243,31 @@ class Calibration:
     def _problem(self, limits: Mapping[str, float], nominal: int, penalties: Penalties | None) -> Problem:
         """The choice of widths with the other sites at the nominal width; by default, penalties know no data."""
         linears, menu = self.measurements.linears, self.measurements.menu
-        widths = {site.name: self.measurements.widths(site) for site in linears}
+        widths = {site.name: self._widths(site, limits) for site in linears}
         if penalties is None:
             penalties = {site.name: {w: site.params * 4.0**-w for w in widths[site.name]} for site in linears}
+        penalties = {name: {w: penalties[name].get(w, 0.0) for w in row} for name, row in widths.items()}
         costs, constants = {}, {}
         for unit in limits:
-            cost = self.costs[unit]
+            cost = self._cost(unit)
             costs[unit] = {s.name: {w: cost.of(s, menu[s.name][w]) for w in widths[s.name]} for s in linears}
             others = (site for site in self.description.sites if site not in linears)
             constants[unit] = cost.constant + sum(
                 cost.of(site, menu[site.name][self.measurements.nearest(site, nominal)]) for site in others
             )
-        return Problem(penalties, costs, limits, constants)
+        edges = {u: cost.edges for u in limits if isinstance(cost := self._cost(u), PairCost)}
+        return Problem(penalties, costs, limits, constants, edges, self.timed.inverse(limits))
+
+    def _cost(self, unit: str) -> Cost:
+        return self.timed[unit] if TimedCosts.has(unit) else self.costs[unit]
+
+    def _limit(self, budget: Budget, unit: str) -> float:
+        """The limit in the cost's own unit."""
+        return self.timed.limit(budget, unit) if TimedCosts.has(unit) else budget.resolve(unit, self.costs[unit].full)
+
+    def _widths(self, site: Site, limits: Mapping[str, float]) -> list[int]:
+        """Widths that the site may have, narrowest first; floating point is one of them where time is limited."""
+        return self.measurements.widths(site) + ([FLOAT_BITS] if any(map(TimedCosts.has, limits)) else [])
 
     def _nominal_bits(self, recipe: Recipe, limits: Mapping[str, float]) -> int:
         """A budget of mean bits, rounded; without one, the widest width that does not exceed the mean that it leaves.
@@ -300,6 +308,10 @@ class Calibration:
     ) -> tuple[dict[str, int], Mapping[str, Any]]:
         m, evidence = self.measurements, self.evidence(recipe.search, nominal)
         table, errors = evidence.table, evidence.errors  # measured before the simulation is set
+        if FLOAT_BITS in next(iter(proposal.problem.penalties.values())):
+            floating = m.params(recipe.search, {name: [FLOAT_BITS] for name in table})
+            table = {name: {**row, **floating[name]} for name, row in table.items()}
+            errors = {name: {**row, FLOAT_BITS: 0.0} for name, row in errors.items()}
         m.simulation.reset()
         m.simulation.set(fixed)
         try:
@@ -328,10 +340,7 @@ class Calibration:
         refined: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         """JSON-able facts; no times and no paths, so that equal work gives equal bytes."""
-        costs = {
-            unit: cost.constant + sum(cost.of(site, sites[site.name].formats) for site in self.description.sites)
-            for unit, cost in self.costs.items()
-        }
+        costs = {unit: total(self._cost(unit), self.description, sites) for unit in {**self.costs, **limits}}
         score, allocation = proposal.score, proposal.allocation
         return {
             "version": __version__,
@@ -347,9 +356,10 @@ class Calibration:
             },
             "recipe": recipe.to_json(),
             "budget": {u: {"asked": budget.limits[u], "limit": limits[u], "reached": costs[u]} for u in limits},
-            "costs": costs,
+            "costs": {unit: costs[unit] for unit in self.costs},
             "full_costs": {unit: cost.full for unit, cost in self.costs.items()},
             "nominal_bits": nominal,
+            **self.timed.facts(budget, costs),
             "objective": None if score is None else allocation.objective,
             "mip_gap": allocation.gap,
             "penalty": proposal.penalty,

@@ -92,7 +92,7 @@ def refine(
     done, improving = 0, True
     while improving and done < trials:
         improving = False
-        growth = {name: found / max(errors[name][bits[name]], 1e-30) for name, found in relative.items()}
+        growth = {name: _growth(found, errors[name][bits[name]]) for name, found in relative.items()}
         for swap in candidates(problem, bits, growth, errors):
             new = {**bits, **swap.changes}
             if tuple(new.values()) in tried:
@@ -142,9 +142,7 @@ def candidates(
             gains[name] = growth[name] * (curve[width] - curve[wider])
         if narrower is not None:
             losses[name] = growth[name] * (curve[narrower] - curve[width])
-    price = {
-        name: max(_price(problem, name, bits[name], _neighbours(problem, name, bits[name])[0]), 1e-12) for name in gains
-    }
+    price = {name: max(_price(problem, bits, name), 1e-12) for name in gains}
     for name in sorted(gains, key=lambda n: (-gains[n] / price[n], n)):
         wider = _neighbours(problem, name, bits[name])[0]
         assert wider is not None
@@ -183,12 +181,17 @@ def _neighbours(problem: Problem, name: str, width: int) -> tuple[int | None, in
     return min((w for w in widths if w > width), default=None), max((w for w in widths if w < width), default=None)
 
 
-def _price(problem: Problem, name: str, width: int, wider: int | None) -> float:
-    """What a raise takes of all budgets together, each as a share of its limit."""
+def _price(problem: Problem, bits: Mapping[str, int], name: str) -> float:
+    """What raising `name` takes of all budgets together, each as a share of its limit."""
+    wider = _neighbours(problem, name, bits[name])[0]
     assert wider is not None
-    return sum(
-        (problem.costs[u][name][wider] - problem.costs[u][name][width]) / limit for u, limit in problem.limits.items()
-    )
+    raised = {**bits, name: wider}
+    return sum((problem.cost(u, raised) - problem.cost(u, bits)) / limit for u, limit in problem.limits.items())
+
+
+def _growth(measured: float, expected: float) -> float:
+    """How many times as large as expected an error is; 1 where none is expected, in floating point."""
+    return measured / max(expected, 1e-30) if expected > 0.0 else 1.0
 
 
 @torch.no_grad()

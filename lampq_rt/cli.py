@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lampq_rt import cli_frontier, cli_make, cli_measure, cli_tune
+from lampq_rt import cli_frontier, cli_make, cli_measure, cli_profile, cli_tune
 from lampq_rt.cli_common import CommandGroup, Json, Output, quiet
 from lampq_rt.version import __version__
 
@@ -73,6 +73,7 @@ main.command(name="eval")(cli_measure.evaluate)
 main.command()(cli_measure.bench)
 main.command()(cli_frontier.frontier)
 main.command()(cli_tune.tune)
+main.command()(cli_profile.profile)
 
 
 @main.command()
@@ -92,6 +93,7 @@ def inspect(
     """
     import lampq_rt
     from lampq_rt import inspect_plan
+    from lampq_rt.latency import check
 
     output = Output(json)
     if plot is not None:
@@ -103,6 +105,8 @@ def inspect(
     else:
         plan = lampq_rt.Plan.load(path)
     output.show(inspect_plan.summary(plan), inspect_plan.bits_table(plan))
+    if check.predictions(plan):
+        output.show(check.report(plan, {}))
     sensitivities = inspect_plan.sensitivity_table(plan)
     if sensitivities is not None:
         output.show(sensitivities)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -21,6 +21,11 @@ from lampq_rt.cli_common import (
     same_model,
 )
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lampq_rt.plan import Plan
+
 
 def calibrate(
     model: Model,
@@ -35,7 +40,7 @@ def calibrate(
         typer.Option(
             "--budget",
             metavar="UNIT=LIMIT",
-            help="Another budget, also several: weight_bytes=15%, bops=20%, mean_bits=4. % is of fp32.",
+            help="Another budget, also several: weight_bytes=15%, bops=20%, latency_ms=2@8 (batch 8), speedup=2@8.",
         ),
     ] = None,
     recipe: Annotated[str, typer.Option(help="uniform, lampq or lampq-paper.")] = "lampq",
@@ -44,6 +49,13 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     target: Annotated[str, typer.Option(help="Whose formats may be used: any, cpu or cuda.")] = "any",
     device: Annotated[str, typer.Option(help="Where to measure: cpu or cuda.")] = "cpu",
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Table for budgets of latency; by default this machine's (lampq profile)."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Under a budget of latency: also measure the compiled model, if this is the machine.")
+    ] = True,
     json: Json = None,
 ) -> None:
     """Choose bits and scales for every layer from a few images; write a plan.
@@ -54,6 +66,8 @@ def calibrate(
           --images photos --mean-bits 4 --out deit_tiny.plan
       lampq calibrate vit_base_patch16_224 --images photos \\
           --budget weight_bytes=15% --budget bops=20% --out vit_base.plan
+      lampq calibrate deit_small_patch16_224 --images photos \\
+          --budget latency_ms=60@8 --budget weight_bytes=12e6 --out deit_small.plan
     """
     from lampq_rt import images as pictures
     from lampq_rt.calibrate import RECIPES, Budget, distributed, make_plan
@@ -93,13 +107,15 @@ def calibrate(
         seed=seed,
         device=device,
         model_name=model,
+        latency_table=latency_table,
         progress=shard.first,
         shard=shard,
     )
     seconds = time.perf_counter() - started
     if shard.first:
         plan.save(out)
-    _report_plan(output, plan, out, len(chosen), seconds)
+    measured = _measured(output, network, plan) if measure and shard.first else {}
+    _report_plan(output, plan, out, len(chosen), seconds, measured)
 
 
 def compile(  # noqa: A001
@@ -118,6 +134,7 @@ def compile(  # noqa: A001
     """
     import lampq_rt
     from lampq_rt.inspect_plan import size, titled
+    from lampq_rt.latency import check
     from lampq_rt.models import check_name, load_model, weight_bytes
 
     output = Output(json)
@@ -146,16 +163,41 @@ def compile(  # noqa: A001
     for label, key in (("fp32", "fp32_bytes"), ("in memory", "weight_bytes"), ("on disk", "disk_bytes")):
         table.add_row(label, size(facts[key]), f"{100 * facts[key] / facts['fp32_bytes']:.1f} %")
     output.show(titled(f"{model}: {out}", table))
+    latency = check.facts(decided, {})
+    if latency:
+        output.show(check.report(decided, {}))
+        facts["latency"] = latency
     for reason in sorted(set(fast.fallbacks.values())):
         output.note(reason)
     output.facts(facts)
 
 
-def _report_plan(output: Output, plan: Any, out: Path, images: int, seconds: float) -> None:
+def _measured(output: Output, network: nn.Module, plan: Plan) -> dict[int, float]:
+    """Milliseconds of the compiled model, by batch size of the plan's budgets of latency, where this is its machine."""
+    from lampq_rt.latency import check
+
+    if "latency" not in plan.provenance:
+        return {}
+    obstacle = check.obstacle(plan)
+    if obstacle is not None:
+        output.note(f"the compiled model was not measured: {obstacle}")
+        return {}
+    with output.working("measuring the compiled model"):
+        return check.measure(network, plan)
+
+
+def _report_plan(
+    output: Output, plan: Plan, out: Path, images: int, seconds: float, measured: dict[int, float]
+) -> None:
     from lampq_rt.inspect_plan import bits_table, summary, weight_bytes
+    from lampq_rt.latency.check import facts, report
 
     provenance = plan.provenance
-    output.show(summary(plan), bits_table(plan), f"\n{out} written after {seconds:.1f} s.")
+    latency = facts(plan, measured)
+    output.show(summary(plan), bits_table(plan))
+    if latency:
+        output.show(report(plan, measured))
+    output.show(f"\n{out} written after {seconds:.1f} s.")
     output.facts(
         {
             "model": plan.model,
@@ -169,5 +211,6 @@ def _report_plan(output: Output, plan: Any, out: Path, images: int, seconds: flo
             "objective": provenance["objective"],
             "mip_gap": provenance["mip_gap"],
             "budget": provenance["budget"],
+            **({"latency": latency} if latency else {}),
         }
     )

@@ -35,6 +35,10 @@ class BudgetError(LampqError, ValueError):
     """A budget that no assignment of bits can meet, or that has an unknown unit."""
 
 
+class TableError(LampqError, ValueError):
+    """A latency table that is malformed, cannot be written, or lacks what a prediction needs."""
+
+
 class BackendError(LampqError, RuntimeError):
     """The machine cannot run what was asked: no GPU, too old a GPU, or a missing instruction set."""
 

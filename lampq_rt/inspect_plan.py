@@ -124,9 +124,7 @@ def summary(plan: Plan) -> Group:
         f"{size(sum(e.disk_bytes for e in every))} on disk",
         "outside the blocks": "; ".join(f"{e.name}: {_formats(e)}" for e in every if e.block is None),
         "recipe": f"{recipe.get('name', '–')}: {recipe.get('description', '')}".rstrip(": "),
-        "budget": ", ".join(
-            f"{unit} ≤ {_number(entry.get('limit'))}" for unit, entry in facts.get("budget", {}).items()
-        ),
+        "budget": ", ".join(_limit(unit, entry) for unit, entry in facts.get("budget", {}).items()),
         "objective": f"{_number(facts.get('objective'))} (gap {_number(facts.get('mip_gap'))})",
         "calibration": f"{images.get('count', '–')} images, seed {facts.get('seed', '–')}",
         "weights digest": plan.weights_digest[:16] + "…",
@@ -241,6 +239,13 @@ def _number(value: Any) -> str:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
+
+
+def _limit(unit: str, entry: Mapping[str, Any]) -> str:
+    """A budget: an upper limit, but for a speed-up."""
+    if unit.startswith("speedup"):
+        return f"{unit} ≥ {_number(entry.get('asked'))}"
+    return f"{unit} ≤ {_number(entry.get('limit'))}"
 
 
 def _figure(plan: Plan) -> Any:

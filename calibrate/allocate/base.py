@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from lampq_rt.errors import BudgetError
@@ -11,6 +12,9 @@ from lampq_rt.registry import Registry
 
 TOLERANCE = 1e-9
 """Relative excess over a limit that is a rounding error of the sum, not a broken budget."""
+
+Edges = Mapping[tuple[str, str], Mapping[tuple[int, int], float]]
+"""A cost by two sites and their widths."""
 
 Bits = Mapping[str, int]
 """A width for every site that the allocator decides on."""
@@ -26,17 +30,24 @@ class Problem:
         costs: by unit, site and width.
         limits: by unit, of the whole model.
         constants: by unit, what everything else costs (0 where missing).
+        edges: by unit, what two sites cost together beside what each costs alone, by their widths; may be negative.
+        inverse: by unit whose budget people give as a lower limit, the number that a cost divides to theirs: with a
+            baseline's milliseconds, a latency becomes a speed-up. For messages.
     """
 
     penalties: Mapping[str, Mapping[int, float]]
     costs: Mapping[str, Mapping[str, Mapping[int, float]]]
     limits: Mapping[str, float]
     constants: Mapping[str, float]
+    edges: Mapping[str, Edges] = field(default_factory=dict)
+    inverse: Mapping[str, float] = field(default_factory=dict)
 
     def cost(self, unit: str, bits: Bits) -> float:
-        """Total of `unit` at these widths, `constants` included."""
+        """Total of `unit` at these widths, `constants` and `edges` included."""
         costs = self.costs[unit]
-        return self.constants.get(unit, 0.0) + sum(costs[site][width] for site, width in bits.items())
+        alone = sum(costs[site][width] for site, width in bits.items())
+        together = sum(pairs[bits[a], bits[b]] for (a, b), pairs in self.edges.get(unit, {}).items())
+        return self.constants.get(unit, 0.0) + alone + together
 
     def excess(self, unit: str, bits: Bits) -> float:
         """How far these widths lie above the limit of `unit`, as a share of it; 0.0 where they keep it."""
@@ -85,11 +96,22 @@ ALLOCATORS: Registry[Allocator] = Registry("allocator")
 
 def infeasible(problem: Problem, smallest: Mapping[str, float]) -> BudgetError:
     """The error for a problem without a solution: `smallest` is the least feasible value of each broken budget."""
-    parts = [
-        f"{unit} = {_number(problem.limits[unit])} cannot be met; the smallest possible here is {_number(least)}"
-        for unit, least in smallest.items()
-    ]
+    parts = []
+    for unit, least in smallest.items():
+        limit, bound = problem.limits[unit], "smallest"
+        if unit in problem.inverse:
+            limit, least, bound = problem.inverse[unit] / limit, problem.inverse[unit] / least, "largest"
+        least = _feasible(least, up=bound == "smallest")
+        parts.append(f"{unit} = {_number(limit)} cannot be met; the {bound} possible here is {_number(least)}")
     return BudgetError("; ".join(parts))
+
+
+def _feasible(value: float, *, up: bool) -> float:
+    """`value` to six digits, rounded so that it can be met as it is printed."""
+    if value == 0.0 or value >= 1e6 or float(f"{value:.6g}") == value:
+        return value
+    unit = 10.0 ** (math.floor(math.log10(abs(value))) - 5)
+    return (math.ceil(value / unit - 1e-6) if up else math.floor(value / unit + 1e-6)) * unit
 
 
 def _number(value: float) -> str:

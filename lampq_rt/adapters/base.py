@@ -36,6 +36,10 @@ class Adapter(Protocol):
         """A copy of `model` whose sites run integer ops; shares no parameter that the caller could change."""
         ...
 
+    def shortened(self, model: nn.Module, blocks: int) -> nn.Module:
+        """A copy of `model` with its first `blocks` transformer blocks only, for counting what a block does."""
+        ...
+
     def architecture(self, model: nn.Module) -> dict[str, Any]:
         """JSON-able arguments from which `skeleton` rebuilds the model without its weights."""
         ...

@@ -87,6 +87,12 @@ class TimmVit:
         stream = Stream(getattr(torch, residual_dtype))
         return integer_vit(model, self.describe(model), sites, backend, stream)
 
+    def shortened(self, model: nn.Module, blocks: int) -> nn.Module:
+        """See `Adapter.shortened`."""
+        twin: Any = copy.copy(model)
+        twin._modules = {**model._modules, "blocks": nn.Sequential(*list(twin.blocks)[:blocks])}
+        return twin
+
     def architecture(self, model: nn.Module) -> dict[str, Any]:
         """See `Adapter.architecture`."""
         from lampq_rt.adapters import timm_architecture

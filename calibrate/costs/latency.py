@@ -1,0 +1,67 @@
+"""Milliseconds of a batch on the machine that a latency table was made on, and the speed-up over floating point there.
+
+A site's cost is what its ops take more or less than at 8 bits; where the formats of two neighbours decide together
+(a quantisation between floating point and codes, a fusion that needs both), the difference is an edge. `constant` is
+the measured latency with 8 bits everywhere. See `lampq_rt.latency.predict`.
+"""
+
+from __future__ import annotations
+
+from lampq_rt.backends import Formats
+from lampq_rt.errors import TableError
+from lampq_rt.formats import Format
+from lampq_rt.latency.predict import OURS, Predictor
+from lampq_rt.sites import Site
+
+FP32 = "fp32-eager"
+"""The variant that a percentage refers to."""
+
+
+class Latency:
+    """Milliseconds of one batch size; a `PairCost`.
+
+    Args:
+        predictor: of the model at that batch size.
+
+    Raises:
+        TableError: the table lacks what the model needs.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.constant = predictor.entry.latency_ms[OURS]
+        shares = predictor.shares()
+        self.edges = shares.edges
+        self.baselines = {v: ms for v, ms in predictor.entry.latency_ms.items() if v != OURS}
+        self._nodes = shares.nodes
+
+    @property
+    def full(self) -> float:
+        """Milliseconds of the fp32 model.
+
+        Raises:
+            TableError: the table was made without it.
+        """
+        if FP32 not in self.baselines:
+            raise TableError(f"the latency table has no {FP32} for this model, which a percentage refers to")
+        return self.baselines[FP32]
+
+    @property
+    def fastest(self) -> tuple[str, float]:
+        """Name and milliseconds of the fastest floating-point variant.
+
+        Raises:
+            TableError: the table was made without any.
+        """
+        if not self.baselines:
+            raise TableError("the latency table has no floating-point latency of this model for a speedup to refer to")
+        return min(self.baselines.items(), key=lambda item: item[1])
+
+    def of(self, site: Site, formats: Formats) -> float:
+        """See `Cost.of`."""
+        return self._nodes[site.name][width(formats)]
+
+
+def width(formats: Formats) -> int:
+    """The width of a site in these formats: of its weight, or of its wider operand."""
+    weight: Format | None = formats.get("weight")
+    return max(f.bits for f in formats.values()) if weight is None else weight.bits
