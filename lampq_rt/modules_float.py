@@ -49,6 +49,11 @@ class Part(nn.Module):
     norm: nn.Module
     stream: Stream
 
+    @property
+    def only_kernels(self) -> bool:
+        """True where calls of kernels are all that `advance` and `enter` do on a CPU."""
+        return False
+
     def advance(self, x: Tensor, normed: Tensor, follower: Part | None) -> Advanced:
         """Add to the residual stream and normalise it for the next part.
 

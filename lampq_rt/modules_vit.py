@@ -8,7 +8,7 @@ precision of `modules_float.Stream`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from lampq_rt.modules import (
 )
 from lampq_rt.modules_float import Advanced, Part, Stream
 from lampq_rt.plan import SiteParams
+from lampq_rt.programs import Programs
 from lampq_rt.sites import Description, Kind
 
 
@@ -59,6 +60,12 @@ class AttentionPart(Part):
         # A group of channels that share bytes must not cross heads.
         self.out_step = replace(out_step, packs=out_step.packs and self.head_dim % NIBBLE_GROUP == 0)
         self.plain = isinstance(self.qkv, IntegerLinear) and isinstance(self.q_norm, nn.Identity)
+
+    @property
+    def only_kernels(self) -> bool:
+        """See `Part.only_kernels`."""
+        integer = self.plain and self.matmuls is not None and isinstance(self.proj, IntegerLinear)
+        return integer and isinstance(self.norm, QuantizingNorm) and self.norm.is_layernorm
 
     def islands(self) -> list[nn.Module]:
         """See `Part`; norms of q and k that precede integer matmuls are part of an op, in fp32."""
@@ -115,6 +122,12 @@ class MlpPart(Part):
                 dtype = torch.float32  # nothing is rounded between two steps (rule 1)
             hidden = self.act(self.fc1.to_float(normed, dtype))
         return _add_linear(x, self.fc2, self.scale, hidden, follower, out_is_float=True)
+
+    @property
+    def only_kernels(self) -> bool:
+        """See `Part.only_kernels`."""
+        integer = self.fused and isinstance(self.fc2, IntegerLinear)
+        return integer and isinstance(self.norm, QuantizingNorm) and self.norm.is_layernorm
 
     def islands(self) -> list[nn.Module]:
         """See `Part`."""
@@ -174,10 +187,18 @@ class IntegerBlocks(nn.Sequential):
     def __init__(self, *blocks: nn.Module, stream: Stream) -> None:
         super().__init__(*blocks)
         self.stream = stream
+        parts = [part for block in blocks if isinstance(block, IntegerBlock) for part in (block.attention, block.mlp)]
+        whole = len(parts) == 2 * len(blocks) and all(part.only_kernels for part in parts)
+        self._programs = Programs(self, whole and all(part.norm.backend == "native" for part in parts))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] to [B, N, D] of the same dtype; `x` is left as it is."""
-        stream = x.to(self.stream.dtype(x.device), copy=True)
+        if self._programs.serves(x):
+            return self._programs(x, self._run)
+        return self._run(x.to(self.stream.dtype(x.device), copy=True)).to(x.dtype)
+
+    def _run(self, stream: Tensor) -> Tensor:
+        """The new residual stream; may write to `stream`."""
         normed: Tensor | None = None
         blocks = list(self)
         for block, after in zip(blocks, [*blocks[1:], None], strict=True):
@@ -185,8 +206,12 @@ class IntegerBlocks(nn.Sequential):
                 follower = after.attention if isinstance(after, IntegerBlock) else None
                 stream, normed = block.advance(stream, normed, follower)
             else:
-                stream = block(stream.to(x.dtype)).to(stream.dtype)
-        return stream.to(x.dtype)
+                stream = block(stream.float()).to(stream.dtype)
+        return stream
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerBlocks:
+        self._programs.forget()
+        return super()._apply(fn, recurse)
 
     def __getitem__(self, index: Any) -> Any:
         """A block, or a run of them that keeps the dtype of the stream."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.cpu import native
+from lampq_rt.kernels.cpu import native, program
 from lampq_rt.kernels.cpu.machine import has_amx, has_vnni
 
 BLOCK = 64
@@ -70,14 +70,14 @@ def to_codes(
     x_q: Tensor, packed: Packed, activation: str, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype
 ) -> Tensor:
     """Codes [..., N] in the int8 or uint8 container; with `packed.inverse`, by the channels' own steps."""
-    out = torch.empty((*x_q.shape[:-1], len(packed.scale)), dtype=dtype)
+    out = native.empty((*x_q.shape[:-1], len(packed.scale)), dtype)
     _run(x_q, packed, CODES, activation, native.code_arguments(inv_scale, zero_point, bits, dtype), out, NO_NORM)
     return out
 
 
 def to_float(x_q: Tensor, packed: Packed, activation: str) -> Tensor:
     """fp32 [..., N]."""
-    out = torch.empty((*x_q.shape[:-1], len(packed.scale)), dtype=torch.float32)
+    out = native.empty((*x_q.shape[:-1], len(packed.scale)), torch.float32)
     _run(x_q, packed, FLOAT, activation, NO_CODES, out, NO_NORM)
     return out
 
@@ -100,7 +100,7 @@ def add_and_norm_(
     dtype: torch.dtype,
 ) -> Tensor:
     """x += the result; codes of LayerNorm(x). `x` fp32, contiguous."""
-    out = torch.empty(x.shape, dtype=dtype)
+    out = native.empty(tuple(x.shape), dtype)
     codes = native.code_arguments(inv_scale, zero_point, bits, dtype)
     norm = (native.at(norm_weight), native.at(norm_bias), eps, *codes, out.data_ptr())
     _run(x_q, packed, RESIDUAL, "none", NO_CODES, x, norm)
@@ -120,10 +120,11 @@ def _run(
     if x.dtype != torch.uint8:
         x = x.view(torch.uint8) ^ 0x80
     features = x.shape[-1]
-    _library().lampq_linear(
-        x.data_ptr(), packed.weight.data_ptr(), packed.start.data_ptr(), packed.scale.data_ptr(),
-        packed.bias.data_ptr(), native.at(packed.inverse), x.numel() // features, features, len(packed.scale), kind,
-        int(activation == "gelu"), *codes, out.data_ptr(), *norm, torch.get_num_threads(),
+    native.call(
+        _library(), "lampq_linear", program.keep(x).data_ptr(), packed.weight.data_ptr(), packed.start.data_ptr(),
+        packed.scale.data_ptr(), packed.bias.data_ptr(), native.at(packed.inverse), x.numel() // features, features,
+        len(packed.scale), kind, int(activation == "gelu"), *codes, program.keep(out).data_ptr(), *norm,
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

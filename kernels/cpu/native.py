@@ -17,15 +17,17 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lampq_rt.kernels import reference
+from lampq_rt.kernels.cpu import program
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp", "program.cpp"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("common.h", "vnni.h"))
 FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17",
@@ -42,10 +44,13 @@ SIGNATURES = {
     "lampq_quantize": [_ptr, _ptr, _i64, *_CODES, _int],
     "lampq_layernorm_quantize": [_ptr, _ptr, _ptr, _ptr, _i64, _i64, _float, *_CODES, _int],
     "lampq_split_heads": [_ptr] * 4 + [_i64] * 5 + [_int] * 5,
-    "lampq_pack_weight": [_ptr] * 2 + [_i64] * 2 + [_ptr] * 2,
     "lampq_linear": [_ptr] * 6 + [_i64] * 3 + [_int] * 2 + _CODES + [_ptr] * 3 + [_float, *_CODES, _ptr, _int],
     "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_float, _int, *_CODES, _int, _int],
+    "lampq_pack_weight": [_ptr] * 2 + [_i64] * 2 + [_ptr] * 2,
+    "lampq_run": [_ptr, _i64],
 }
+"""Arguments of every function; program.cpp knows the first five by their places here."""
+
 NEED_VNNI = ("lampq_attention", "lampq_pack_weight", "lampq_linear")
 """Functions that a library for a CPU without AVX512-VNNI does not have."""
 
@@ -145,16 +150,27 @@ def code_arguments(
     return inv_scale, float(zero_point), float(low), float(high), reference.OFFSET if dtype == torch.uint8 else 0
 
 
+def call(lib: ctypes.CDLL, name: str, *args: Any) -> None:
+    """Call a kernel; a recording, where there is one, is told."""
+    getattr(lib, name)(*args)
+    program.note(name, args)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A result to be written by a kernel."""
+    return cast(Tensor, program.keep(torch.empty(shape, dtype=dtype)))
+
+
 def at(tensor: Tensor | None) -> int | None:
     """Address, or a null pointer."""
-    return None if tensor is None else tensor.data_ptr()
+    return None if tensor is None else program.keep(tensor).data_ptr()  # type: ignore[no-any-return]
 
 
 def quantize(lib: ctypes.CDLL, x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
     """See `reference.quantize`; `x` fp32, contiguous."""
-    out = torch.empty(x.shape, dtype=dtype)
+    out = empty(tuple(x.shape), dtype)
     codes = code_arguments(inv_scale, zero_point, bits, dtype)
-    lib.lampq_quantize(at(x), at(out), x.numel(), *codes, torch.get_num_threads())
+    call(lib, "lampq_quantize", at(x), at(out), x.numel(), *codes, torch.get_num_threads())
     return out
 
 
@@ -170,10 +186,12 @@ def layernorm_quantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `reference.layernorm_quantize`; fp32, contiguous."""
-    out = torch.empty(x.shape, dtype=dtype)
+    out = empty(tuple(x.shape), dtype)
     width = x.shape[-1]
     codes = code_arguments(inv_scale, zero_point, bits, dtype)
-    lib.lampq_layernorm_quantize(
+    call(
+        lib,
+        "lampq_layernorm_quantize",
         at(x),
         at(weight),
         at(bias),
@@ -191,11 +209,23 @@ def split_heads(lib: ctypes.CDLL, qkv: Tensor, heads: int, qk_bits: int, v_bits:
     """int8 codes [B, N, 3*H*d], saturated at 8 bits, to q, k [B, H, N, d], v [B, H, d, N_pad] at their bits."""
     batch, tokens, width = qkv.shape
     head_dim, padded = width // (3 * heads), reference.padded_tokens(tokens)
-    q, k = (torch.empty((batch, heads, tokens, head_dim), dtype=torch.int8) for _ in range(2))
-    v = torch.empty((batch, heads, head_dim, padded), dtype=torch.int8)
+    q, k = (empty((batch, heads, tokens, head_dim), torch.int8) for _ in range(2))
+    v = empty((batch, heads, head_dim, padded), torch.int8)
     ranges = (*reference.code_range(qk_bits), *reference.code_range(v_bits))
-    lib.lampq_split_heads(
-        at(qkv), at(q), at(k), at(v), batch, tokens, heads, head_dim, padded, *ranges, torch.get_num_threads()
+    call(
+        lib,
+        "lampq_split_heads",
+        at(qkv),
+        at(q),
+        at(k),
+        at(v),
+        batch,
+        tokens,
+        heads,
+        head_dim,
+        padded,
+        *ranges,
+        torch.get_num_threads(),
     )
     return q, k, v
 
@@ -217,10 +247,11 @@ def attention(
     """See `reference.attention`; all contiguous, head_dim a multiple of 4, `dtype` fp32 for a floating-point result."""
     unit, log2 = reference.softmax_unit(p_bits, p_scheme), int(p_scheme == "log2")
     batch, heads, tokens, head_dim = q.shape
-    out = torch.empty((batch, tokens, heads * head_dim), dtype=dtype)
+    out = empty((batch, tokens, heads * head_dim), dtype)
     floating = out_bits == reference.FLOAT_BITS
     codes = code_arguments(out_inv_scale, out_zero_point, 8 if floating else out_bits, dtype)
-    lib.lampq_attention(
+    call(
+        lib, "lampq_attention",
         at(q), at(k), at(v), at(logit_scale), at(v_scale), at(out), batch, heads, tokens, head_dim, v.shape[-1],
         unit, log2, *codes, int(floating), torch.get_num_threads(),
     )  # fmt: skip

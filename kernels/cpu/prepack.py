@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from lampq_rt.kernels.cpu.program import keep
+
 CACHE_ENTRIES = 1024
 """Repacked weights kept at once: enough for two ViT-giant models; the least recently used goes first."""
 
@@ -66,7 +68,7 @@ def prepacked(
         entry = _cache.get(key)
         if entry is not None and entry.pack is pack and entry.versions == versions and _same(entry.sources, sources):
             _cache.move_to_end(key)
-            return entry.packed  # type: ignore[no-any-return]
+            return keep(entry.packed)  # type: ignore[no-any-return]
     made = pack(*sources)
     refs = tuple(None if t is None else weakref.ref(t) for t in sources)
     weakref.finalize(w_q, _forget, key, made)
@@ -75,7 +77,7 @@ def prepacked(
         _cache.move_to_end(key)
         while len(_cache) > CACHE_ENTRIES:
             _cache.popitem(last=False)
-    return made
+    return keep(made)  # type: ignore[no-any-return]
 
 
 def _forget(key: int, made: Any) -> None:
