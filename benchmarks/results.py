@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lampq_rt
+from benchmarks.markdown import replace_between
 from lampq_rt import images, models
 from lampq_rt.bench import machine
 from lampq_rt.calibrate import Budget, calibrate
@@ -66,7 +67,7 @@ def main(
                     done[_key(row)] = row
                     with ROWS.open("a") as file:
                         file.write(json.dumps(row) + "\n")
-    _write(out, list(done.values()))
+    replace_between(out, BEGIN, END, _tables(list(done.values())))
 
 
 def _work(recipes: list[str]) -> Iterator[tuple[str, int]]:
@@ -138,15 +139,6 @@ def _key(row: dict[str, Any]) -> tuple[str, str, int, int, int]:
 
 def _read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
-
-
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the tables between the markers of `out`, or behind its end where it has none."""
-    text = out.read_text() if out.is_file() else "# Results\n"
-    if BEGIN not in text:
-        text += f"\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN, 1)
-    out.write_text(before + BEGIN + "\n" + "\n".join(_tables(rows)) + "\n" + END + rest.split(END, 1)[1])
 
 
 def _tables(rows: list[dict[str, Any]]) -> Iterator[str]:
