@@ -47,7 +47,7 @@ def plot(points: Sequence[Point], model: str, quality: Quality, paths: Sequence[
     figure.suptitle(f"{model} · {points[0].images} images", fontsize=10.5)
     for path in paths:
         buffer = io.BytesIO()
-        date = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+        date: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
         with rc_context({"svg.hashsalt": "lampq"}):  # equal points give equal files
             figure.savefig(buffer, format=path.suffix[1:], dpi=110, **date)
         files.write_file(path, buffer.getvalue(), what="plot", error=DataError)

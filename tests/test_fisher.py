@@ -78,6 +78,20 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(not m._forward_hooks for m in model.modules())
 
 
+def test_one_pass_over_the_images_and_shares_make_the_whole() -> None:
+    """Every image runs forward once; what is drawn of it does not depend on the images beside it."""
+    model, images = build(), torch.randn(10, 3, 32, 32)
+    runs: list[int] = []
+    model.register_forward_hook(lambda m, i, o: runs.append(len(o)))
+    names = linears(model)[:3]
+    whole = fisher.score(model, images, names, rows=20)
+    assert runs == [1] * 10
+    one = fisher.score(model, images[:1], names, rows=2)  # two rows an image there, too
+    for name in names:
+        assert torch.equal(one[name].rows, whole[name].rows[:2])
+        torch.testing.assert_close(one[name].weights, whole[name].weights[:2] * 10, rtol=1e-5, atol=0)
+
+
 def test_sampled_rows_estimate_the_sum_over_all_rows() -> None:
     model = build()
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
