@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,13 +24,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lampq_rt
+from benchmarks.harness import fill
 from lampq_rt import images, models
 from lampq_rt.bench import machine
 from lampq_rt.calibrate import Budget, calibrate
 from lampq_rt.evaluate import kl_divergence
 
 ROWS = Path(__file__).parent / "results" / "accuracy.jsonl"
-BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
+MARKER = "accuracy"
 MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224")
 UNIFORM_WIDTHS = (8, 6, 5, 4, 3)
 MIXED_WIDTHS = (6, 5, 4, 3)
@@ -66,7 +67,7 @@ def main(
                     done[_key(row)] = row
                     with ROWS.open("a") as file:
                         file.write(json.dumps(row) + "\n")
-    _write(out, list(done.values()))
+    fill(out, MARKER, _tables(list(done.values())))
 
 
 def _work(recipes: list[str]) -> Iterator[tuple[str, int]]:
@@ -77,7 +78,7 @@ def _work(recipes: list[str]) -> Iterator[tuple[str, int]]:
 def _rows(data: Path, name: str, count: int, limit: int, wanted: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     """One row a recipe and budget, of one model calibrated on `count` images."""
     model = models.load_model(name, data / "weights" / f"{name}.safetensors")
-    evaluated = _evaluated(data, name, model, limit)
+    truth = evaluated(data, name, model, limit)
     preprocessing = images.preprocessing(name)
     files = images.choose(images.list_images(data / "calib1000"), count, seed=0)
     calibration = calibrate(model, images.load_images(files, preprocessing))
@@ -92,7 +93,7 @@ def _rows(data: Path, name: str, count: int, limit: int, wanted: list[tuple[str,
             disk = (Path(folder) / "model.lampq").stat().st_size
         row = {
             "model": name, "recipe": recipe, "bits": bits, "calib_images": count, "images": limit,
-            **_compare(fast, evaluated), "mean_bits": round(plan.mean_bits, 4), "seconds": round(seconds, 1),
+            **compare(fast, truth), "mean_bits": round(plan.mean_bits, 4), "seconds": round(seconds, 1),
             "disk_percent": round(100 * disk / fp32_bytes, 2),
             "memory_percent": round(100 * fast.weight_bytes / fp32_bytes, 2),
             "version": lampq_rt.__version__, "machine": machine(torch.device("cpu")),
@@ -101,7 +102,8 @@ def _rows(data: Path, name: str, count: int, limit: int, wanted: list[tuple[str,
         yield row
 
 
-def _evaluated(data: Path, name: str, model: nn.Module, limit: int) -> Evaluated:
+def evaluated(data: Path, name: str, model: nn.Module, limit: int) -> Evaluated:
+    """`limit` images of `imagenet_dev1000` below `data`, evenly spaced, and what the floating-point model answers."""
     folder = data / "imagenet_dev1000"
     every = images.list_images(folder)
     files = images.spread(every, limit)
@@ -110,14 +112,14 @@ def _evaluated(data: Path, name: str, model: nn.Module, limit: int) -> Evaluated
     return Evaluated(pixels, torch.tensor([labels[f] for f in files]), _logits(model, pixels))
 
 
-def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
+def _logits(run: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     with torch.inference_mode():
-        return torch.cat([model(batch) for batch in pixels.split(BATCH)])
+        return torch.cat([run(batch) for batch in pixels.split(BATCH)])
 
 
-def _compare(fast: nn.Module, on: Evaluated) -> dict[str, float]:
+def compare(run: Callable[[Tensor], Tensor], on: Evaluated) -> dict[str, float]:
     """Percent right, percent lost to fp32, percent that agree with it, and KL in nats."""
-    found = _logits(fast, on.images)
+    found = _logits(run, on.images)
 
     def percent(right: Tensor) -> float:
         return round(float(right.double().mean()) * 100, 2)
@@ -138,15 +140,6 @@ def _key(row: dict[str, Any]) -> tuple[str, str, int, int, int]:
 
 def _read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
-
-
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the tables between the markers of `out`, or behind its end where it has none."""
-    text = out.read_text() if out.is_file() else "# Results\n"
-    if BEGIN not in text:
-        text += f"\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN, 1)
-    out.write_text(before + BEGIN + "\n" + "\n".join(_tables(rows)) + "\n" + END + rest.split(END, 1)[1])
 
 
 def _tables(rows: list[dict[str, Any]]) -> Iterator[str]:
