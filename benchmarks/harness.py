@@ -1,10 +1,11 @@
 """What every benchmark here shares: where rows are kept, memory in a process of its own, tables in a document.
 
 `lampq_rt.bench` times: warm-up, median with 20th and 80th percentile, variants taking turns in one process so that
-their ratios survive a noisy machine, inputs that rotate. This adds what a committed result needs. `Store` appends rows
-to benchmarks/results/<machine>.jsonl and never changes one: a row measured again stands after the old one, with its date,
-and the later one counts. `fresh_memory` asks a new process for a variant's peak resident set, since in one that has
-built nine models a tenth one finds memory that others left. `fill` writes tables between two markers of a document.
+their ratios survive a noisy machine, inputs that rotate. This adds what a committed result needs. `Store` appends
+rows to benchmarks/results/<machine>.jsonl and never changes one: a row measured again stands after the old one, with
+its date, and the later one counts. `fresh_memory` asks a new process for a variant's peak resident set, since in one
+that has built nine models a tenth one finds memory that others left. `fill` writes tables between two markers of a
+document.
 """
 
 from __future__ import annotations

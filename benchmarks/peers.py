@@ -3,11 +3,11 @@
     python -m benchmarks.peers --data DIR --models deit_tiny_patch16_224,… --batch 1,8,32 --out docs/results.md
 
 Speed: all variants of one model and batch size take turns in one process (`lampq_rt.bench`), random weights. Memory:
-each variant in a process of its own. Accuracy: each INT8 on the same real images, calibrated on others, as many as its
-makers' tool looks at; needs DIR with `weights/NAME.safetensors`, `calib1000/`, `imagenet_dev1000/` and its `labels.csv`,
-and is left out without. Rows are kept in benchmarks/results/<machine>.jsonl as they are finished and not measured again, so a
-run that was stopped (or by `--minutes`) goes on where it was. Packages that are not installed are left out, with a line
-that says how to install them. A table for people, one line of JSON last.
+each variant in a process of its own. Accuracy: each INT8 on the same real images, calibrated on others, as many as
+its makers' tool looks at; needs DIR with `weights/NAME.safetensors`, `calib1000/`, `imagenet_dev1000/` and its
+`labels.csv`, and is left out without. Rows are kept in benchmarks/results/<machine>.jsonl as they are finished and
+not measured again, so a run that was stopped (or by `--minutes`) goes on where it was. Packages that are not
+installed are left out, with a line that says how to install them. A table for people, one line of JSON last.
 """
 
 from __future__ import annotations

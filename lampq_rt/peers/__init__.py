@@ -1,8 +1,8 @@
 """What one would install instead: other runtimes, to be timed and judged beside ours. `pip install lampq_rt[peers]`.
 
-One file a package, each at the setting that its makers recommend for speed. A builder here is a variant of
-`lampq bench` like any other; its package is imported when it is built, and a package that is not there is an error with
-the way to install it, which `lampq bench` reports before it goes on without.
+One file a package, each at the setting that its makers recommend for speed. A builder here is a variant of `lampq
+bench` like any other; its package is imported when it is built, and a package that is not there is an error with the
+way to install it, which `lampq bench` reports before it goes on without.
 """
 
 from lampq_rt.peers import onnxruntime as _onnxruntime  # noqa: F401  (registers its variants, imports no package)
