@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-buil
 MAX_LINES := 400
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check clean
+.PHONY: help setup quickstart test check bench-smoke clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ check: $(STAMP)  ## Lint, check the types of the package as it installs, hold fi
 	sed -E -e 's#^build/check/lampq_rt/(kernels|calibrate)/#\1/#' -e 's#^build/check/##' build/mypy.txt; exit $$status
 	@find setup.py kernels lampq_rt calibrate benchmarks tests -name '*.py' -exec awk -v max=$(MAX_LINES) \
 	'FNR == max + 1 { print FILENAME ": more than " max " lines"; bad = 1 } END { exit bad }' {} +
+
+bench-smoke: $(STAMP)  ## Compare speed ratios with the committed ones, two minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.guard
 
 clean:  ## Remove build outputs and caches; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +77,7 @@ def _work(recipes: list[str]) -> Iterator[tuple[str, int]]:
 def _rows(data: Path, name: str, count: int, limit: int, wanted: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     """One row a recipe and budget, of one model calibrated on `count` images."""
     model = models.load_model(name, data / "weights" / f"{name}.safetensors")
-    evaluated = _evaluated(data, name, model, limit)
+    truth = evaluated(data, name, model, limit)
     preprocessing = images.preprocessing(name)
     files = images.choose(images.list_images(data / "calib1000"), count, seed=0)
     calibration = calibrate(model, images.load_images(files, preprocessing))
@@ -92,7 +92,7 @@ def _rows(data: Path, name: str, count: int, limit: int, wanted: list[tuple[str,
             disk = (Path(folder) / "model.lampq").stat().st_size
         row = {
             "model": name, "recipe": recipe, "bits": bits, "calib_images": count, "images": limit,
-            **_compare(fast, evaluated), "mean_bits": round(plan.mean_bits, 4), "seconds": round(seconds, 1),
+            **compare(fast, truth), "mean_bits": round(plan.mean_bits, 4), "seconds": round(seconds, 1),
             "disk_percent": round(100 * disk / fp32_bytes, 2),
             "memory_percent": round(100 * fast.weight_bytes / fp32_bytes, 2),
             "version": lampq_rt.__version__, "machine": machine(torch.device("cpu")),
@@ -101,7 +101,8 @@ def _rows(data: Path, name: str, count: int, limit: int, wanted: list[tuple[str,
         yield row
 
 
-def _evaluated(data: Path, name: str, model: nn.Module, limit: int) -> Evaluated:
+def evaluated(data: Path, name: str, model: nn.Module, limit: int) -> Evaluated:
+    """`limit` images of `imagenet_dev1000` below `data`, evenly spaced, and what the floating-point model answers."""
     folder = data / "imagenet_dev1000"
     every = images.list_images(folder)
     files = images.spread(every, limit)
@@ -110,14 +111,14 @@ def _evaluated(data: Path, name: str, model: nn.Module, limit: int) -> Evaluated
     return Evaluated(pixels, torch.tensor([labels[f] for f in files]), _logits(model, pixels))
 
 
-def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
+def _logits(run: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     with torch.inference_mode():
-        return torch.cat([model(batch) for batch in pixels.split(BATCH)])
+        return torch.cat([run(batch) for batch in pixels.split(BATCH)])
 
 
-def _compare(fast: nn.Module, on: Evaluated) -> dict[str, float]:
+def compare(run: Callable[[Tensor], Tensor], on: Evaluated) -> dict[str, float]:
     """Percent right, percent lost to fp32, percent that agree with it, and KL in nats."""
-    found = _logits(fast, on.images)
+    found = _logits(run, on.images)
 
     def percent(right: Tensor) -> float:
         return round(float(right.double().mean()) * 100, 2)

@@ -99,7 +99,11 @@ def bench(
     batch: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes.")] = "1,8",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     against: Annotated[
-        str, typer.Option(metavar="NAME,…", help="eager (fp32 and bf16), bf16, compile, or names of variants.")
+        str,
+        typer.Option(
+            metavar="NAME,…",
+            help="eager (fp32 and bf16), bf16, compile, openvino, onnxruntime, torchao, or names of variants.",
+        ),
     ] = "eager,compile",
     rounds: Annotated[int, typer.Option(help="How often each variant's turn comes.", min=1)] = 10,
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default PyTorch's own number.", min=1)] = None,
@@ -114,6 +118,7 @@ def bench(
       lampq bench deit_small_patch16_224 --batch 1,8
       lampq bench vit_base_patch16_224 --weights vit_base.safetensors \\
           --plan vit_base.plan --against eager,compile --threads 2
+      lampq bench deit_tiny_patch16_224 --against openvino,onnxruntime
     """
     import torch
 

@@ -78,6 +78,11 @@ class PeakMemory:
         self.peak_bytes = None if self.before is None or highest is None else max(0, highest - self.before)
 
 
+def resident_bytes() -> int | None:
+    """Peak resident set of the whole process since it was last reset; None where the system does not tell."""
+    return _status("VmHWM")
+
+
 def _status(key: str) -> int | None:
     """A size from /proc/self/status in bytes; None where there is no such file."""
     try:

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from lampq_rt import bench as benchmark
-from lampq_rt.bench import Contender, bench, variants
+from lampq_rt.bench import bench, variants
 from lampq_rt.compiler import compile as compile_plan
 from lampq_rt.errors import BackendError, FormatError, PlanError, UnknownNameError
 from lampq_rt.memory import PeakMemory, keep_memory
 from lampq_rt.models import weight_bytes
 from lampq_rt.standin import stand_in_plan
+from lampq_rt.variants import Contender
 from tests.plans import tiny_vit
 
 SIZE = (3, 32, 32)
@@ -77,11 +78,11 @@ def test_ratio_is_taken_within_rounds():
 
 
 def test_rival_that_cannot_run_is_left_out_with_its_reason(model, plan, monkeypatch):
-    def build(original, plan, device):
+    def build(job):
         def run(images):
             raise BackendError("no C++ compiler")
 
-        return Contender(run, original, torch.float32, "float32")
+        return Contender(run, job.original, torch.float32, "float32")
 
     monkeypatch.setitem(benchmark.VARIANTS._entries, "bf16-compile", build)
     result = bench(model, plan, batches=(1, 2), against=["bf16", "compile"], rounds=1, input_size=SIZE)
