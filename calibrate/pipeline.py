@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lampq_rt.calibrate.allocate import ALLOCATORS, Problem
-from lampq_rt.calibrate.costs import COSTS, Budget, Cost, PairCost, total
+from lampq_rt.calibrate.costs import COSTS, Budget, Cost, edges_of, total
 from lampq_rt.calibrate.costs.timed import TimedCosts
 from lampq_rt.calibrate.distributed import SINGLE, Shard
 from lampq_rt.calibrate.evidence import Measurements, SearchEvidence, resolve_device
@@ -255,7 +255,7 @@ class Calibration:
             constants[unit] = cost.constant + sum(
                 cost.of(site, menu[site.name][self.measurements.nearest(site, nominal)]) for site in others
             )
-        edges = {u: cost.edges for u in limits if isinstance(cost := self._cost(u), PairCost)}
+        edges = {unit: found for unit in limits if (found := edges_of(self._cost(unit)))}
         return Problem(penalties, costs, limits, constants, edges, self.timed.inverse(limits))
 
     def _cost(self, unit: str) -> Cost:

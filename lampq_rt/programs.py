@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Programs:
         self._owner = [owner]  # in a list: a module among its own modules would have no end
         self._lock = threading.Lock()
         self._free: dict[Any, list[Any] | None] = {}  # None: no program can serve that shape
-        self._holders: list[dict[str, Tensor | None]] = []
+        self._holders: list[Mapping[str, Tensor | None]] = []
         self._seen: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
@@ -108,4 +108,4 @@ class Programs:
 
     def _bytes(self, x: Tensor) -> int:
         """About what a program for `x` keeps: codes of qkv (twice), attention, hidden layer, norms of each block."""
-        return 14 * x.numel() * len(self._owner[0])
+        return 14 * x.numel() * len(list(self._owner[0].children()))

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import nn
 
@@ -32,28 +32,40 @@ TIMED = ("latency_ms", "speedup")
 class Cost(Protocol):
     """One unit, for one model. The total of a plan is `constant` plus the sum of `of` over the sites."""
 
-    full: float
-    """What the floating-point model (fp32) costs; a percentage refers to it."""
+    @property
+    def full(self) -> float:
+        """What the floating-point model (fp32) costs; a percentage refers to it."""
+        ...
 
-    constant: float
-    """What no choice of formats changes."""
+    @property
+    def constant(self) -> float:
+        """What no choice of formats changes."""
+        ...
 
     def of(self, site: Site, formats: Formats) -> float:
         """What `site` costs in these formats."""
         ...
 
 
-@runtime_checkable
 class PairCost(Cost, Protocol):
     """A cost that also depends on what a site's neighbour has: `edges` are added to the sum."""
 
-    edges: Edges
+    @property
+    def edges(self) -> Edges:
+        """Cost of two neighbours' widths together."""
+        ...
+
+
+def edges_of(cost: Cost) -> Edges:
+    """The edges of a `PairCost`; none of any other."""
+    edges: Edges = getattr(cost, "edges", {})
+    return edges
 
 
 def total(cost: Cost, description: Description, sites: Mapping[str, SiteParams]) -> float:
     """What a model costs with its sites as given."""
     alone = sum(cost.of(site, sites[site.name].formats) for site in description.sites)
-    edges = cost.edges if isinstance(cost, PairCost) else {}
+    edges = edges_of(cost)
     together = sum(pairs[sites[a].bits, sites[b].bits] for (a, b), pairs in edges.items())
     return cost.constant + alone + together
 
@@ -107,10 +119,10 @@ class Budget:
         """
         limits: dict[str, Limit] = {}
         for text in texts:
-            unit, equals, limit = (part.strip() for part in text.partition("="))
-            if not equals or not limit:
+            unit, equals, value = (part.strip() for part in text.partition("="))
+            if not equals or not value:
                 raise BudgetError(f"budget {text!r} is not of the form UNIT=LIMIT; units: {_units()}")
-            unit, limit = _with_batch(unit, limit)
+            unit, limit = _with_batch(unit, value)
             if unit in limits:
                 raise BudgetError(f"budget {unit!r} is given twice")
             limits[unit] = limit

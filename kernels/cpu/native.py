@@ -40,7 +40,7 @@ BUILD_SECONDS = 120
 
 _i64, _int, _float, _ptr = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 _CODES = [_float, _float, _float, _float, _int]
-SIGNATURES = {
+SIGNATURES: dict[str, list[Any]] = {
     "lampq_quantize": [_ptr, _ptr, _i64, *_CODES, _int],
     "lampq_layernorm_quantize": [_ptr, _ptr, _ptr, _ptr, _i64, _i64, _float, *_CODES, _int],
     "lampq_split_heads": [_ptr] * 4 + [_i64] * 5 + [_int] * 5,

@@ -83,9 +83,10 @@ class Program:
         with record() as recording:
             self.result = function(self.input)
         self._kept = recording.kept
-        self._calls = (_Call * len(recording.calls))()
+        self._calls: Any = (_Call * len(recording.calls))()
         names = list(SIGNATURES)
-        for call, (name, args) in zip(self._calls, recording.calls, strict=True):
+        for place, (name, args) in enumerate(recording.calls):
+            call = self._calls[place]
             call.function = names.index(name)
             used = {"pointers": 0, "integers": 0, "floats": 0}
             for kind, value in zip(SIGNATURES[name], args, strict=True):

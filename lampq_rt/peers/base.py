@@ -94,4 +94,4 @@ def kept(job: Job, variant: str, make: Callable[[Path], None]) -> Path:
 
 
 def _bytes(images: Tensor) -> memoryview:
-    return memoryview(images.contiguous().numpy()).cast("B")
+    return images.contiguous().numpy().data.cast("B")
