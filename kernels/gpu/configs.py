@@ -70,7 +70,8 @@ SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm89": 99 * 1024, "sm90"
 """Shared memory of one program, bytes."""
 
 MAX_ACCUMULATORS = 128
-MAX_ROW_ACCUMULATORS = 96
+MAX_ROW_ACCUMULATORS = {8: 96, 4: 64}
+"""By the narrower of the operands' containers: unpacking takes registers, too (384 columns spill on a Hopper)."""
 
 
 def feasible(config: LinearConfig, arch: str, a_bits: int = 8, w_bits: int = 8) -> bool:
@@ -129,7 +130,8 @@ def rows_feasible(config: LinearConfig, width: int, arch: str, a_bits: int = 8, 
     """As `feasible`, for whole rows; the epilogue keeps the sums a second time in fp32."""
     whole = replace(config, block_n=sum(row_tiles(width)))
     limit = SHARED_LIMIT.get(arch, 99 * 1024)
-    return whole.shared_bytes(a_bits, w_bits) <= limit and whole.accumulator_registers() <= MAX_ROW_ACCUMULATORS
+    most = MAX_ROW_ACCUMULATORS[min(a_bits, w_bits)]
+    return whole.shared_bytes(a_bits, w_bits) <= limit and whole.accumulator_registers() <= most
 
 
 @dataclass(frozen=True)

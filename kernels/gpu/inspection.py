@@ -87,7 +87,9 @@ def read_nvidia(arch: str, ptx: str, sass: str, shared_bytes: int) -> Compiled:
         wgmma=len(re.findall(r"wgmma\.mma_async\S*\.s32\.s8\.s8", ptx)),
         mma=len(re.findall(r"mma\.sync\S*\.s8\.s8", ptx)),
         mfma=0,
-        fp16_matrix=len(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S*\.f32\.f16\.f16", ptx)),
+        fp16_matrix=len(
+            re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S*\.f32\.f16\.f16|tcgen05\.mma\S*\.kind::f16", ptx)
+        ),
         byte_accesses=len(re.findall(byte.format("(?:ld|st)", "global"), ptx)),
         byte_shared_loads=len(re.findall(byte.format("ld", "shared"), ptx)),
         byte_shared_stores=len(re.findall(byte.format("st", "shared"), ptx)),
