@@ -46,13 +46,14 @@ def main(
     models: Annotated[str, typer.Option(help="timm names.")] = MODELS,
     images: Annotated[str, typer.Option(help="Numbers of calibration images.")] = "8,32",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    plans: Annotated[bool, typer.Option(help="Also compare and update plans: the longest stage.")] = True,
     out: Annotated[Path, typer.Option(help="Markdown file with the two markers.")] = Path("docs/results.md"),
     measure: Annotated[bool, typer.Option("--measure", hidden=True, help="Measure here; print the row.")] = False,
 ) -> None:
     """Measure the rows that are missing and write the table."""
     torch.set_num_threads(threads)
     if measure:
-        print(json.dumps(allocation() if models == MILP else cost(models, int(images))))
+        print(json.dumps(allocation() if models == MILP else cost(models, int(images), plans)))
         return
     rows = {_key(row): row for row in _read()}
     wanted = [(MILP, 0), *((name, int(n)) for name in models.split(",") for n in images.split(","))]
@@ -61,7 +62,7 @@ def main(
             continue
         console.print(f"{name}, {count} images")
         command = [sys.executable, "-m", "benchmarks.calibration_cost", "--measure", "--models", name]
-        command += ["--images", str(count), "--threads", str(threads)]
+        command += ["--images", str(count), "--threads", str(threads), "--plans" if plans else "--no-plans"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows[name, count] = json.loads(done.stdout.splitlines()[-1])
         console.print(rows[name, count])
@@ -70,7 +71,7 @@ def main(
     put_between(out, "cost", _table(list(rows.values())))
 
 
-def cost(name: str, count: int) -> dict[str, Any]:
+def cost(name: str, count: int, plans: bool) -> dict[str, Any]:
     """Calibrate in this process, stage by stage."""
     memory = PeakMemory(torch.device("cpu"))
     stages: list[dict[str, Any]] = []
@@ -95,7 +96,8 @@ def cost(name: str, count: int) -> dict[str, Any]:
     stage("Fisher at 4 bits", lambda: evidence.context)
     names = ("fisher-output", "fisher-context", "trace-dw")
     stage("penalties", lambda: [PENALTIES.get(p)(evidence) for p in names] + [evidence.errors])
-    stage("compare, update", lambda: calibration.plan(Budget(mean_bits=BITS)))
+    if plans:
+        stage("compare, update", lambda: calibration.plan(Budget(mean_bits=BITS)))
     return {
         "model": name,
         "images": count,
@@ -163,14 +165,17 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     models = [row for row in rows if row["model"] != MILP]
     if models:
         first = models[0]
-        stages = [s["stage"] for s in first["stages"]][1:]
+        stages = list(dict.fromkeys(s["stage"] for row in models for s in row["stages"][1:]))
         yield f"\n{first['machine']}, {first['threads']} thread(s). Seconds, and in brackets peak memory over the fp32"
         yield "model's bytes, the model included.\n"
         yield f"| model | images | fp32 MB | {' | '.join(stages)} | all | peak |"
         yield "|---" * (len(stages) + 5) + "|"
     for row in sorted(models, key=lambda r: (r["fp32_bytes"], r["images"])):
-        full = row["fp32_bytes"]
-        cells = [f"{s['seconds']:.1f} ({(s['peak_bytes'] or 0) / full:.1f})" for s in row["stages"][1:]]
+        full, found = row["fp32_bytes"], {s["stage"]: s for s in row["stages"]}
+        cells = [
+            f"{found[s]['seconds']:.1f} ({(found[s]['peak_bytes'] or 0) / full:.1f})" if s in found else "–"
+            for s in stages
+        ]
         yield (
             f"| {row['model']} | {row['images']} | {full / 1e6:.0f} | {' | '.join(cells)} | {row['seconds']:.0f} | "
             f"{row['peak_bytes'] / full:.2f} × |"

@@ -29,6 +29,10 @@ FILE_LIMIT = 256 << 20
 NOISE = 2.0
 """Standard errors of a paired difference within which two plans count as equal."""
 
+TIE = 2e-3
+"""Relative difference in bytes or milliseconds that counts as none: a checkpoint says in JSON how its bits were chosen,
+which takes more bytes for some recipes than for others."""
+
 Axis = Literal["disk_bytes", "latency_ms"]
 Quality = Literal["kl", "agreement", "top1"]
 QUALITIES: tuple[Quality, ...] = ("kl", "agreement", "top1")
@@ -180,12 +184,15 @@ def better(a: Point, b: Point, quality: Quality) -> bool:
 
 
 def front(points: Sequence[Point], axis: Axis, quality: Quality) -> list[Point]:
-    """The Pareto front: points than which no smaller (or faster) one is as good, from small to large."""
+    """The Pareto front: points than which no smaller (or faster) one is as good, from small to large.
+
+    Of two points that `TIE` makes equal in size, only the better one is on it.
+    """
     chosen: list[Point] = []
     known = [p for p in points if getattr(p, axis) is not None and getattr(p, quality) is not None]
     for point in sorted(known, key=lambda p: (getattr(p, axis), -p.agreement, p.kl)):
         if not chosen or better(point, chosen[-1], quality):
-            if chosen and getattr(chosen[-1], axis) == getattr(point, axis):
+            if chosen and getattr(point, axis) <= getattr(chosen[-1], axis) * (1.0 + TIE):
                 chosen.pop()
             chosen.append(point)
     return chosen

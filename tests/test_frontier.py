@@ -140,6 +140,8 @@ def test_the_front_holds_what_nothing_smaller_matches():
     ]
     assert [(p.recipe, p.asked_bits) for p in front(points, "disk_bytes", "kl")] == [("lampq", 3), ("lampq", 4)]
     assert front(points, "latency_ms", "kl") == [] and front(points, "disk_bytes", "top1") == []
+    near = [point("uniform", 3, 300_000, 0.6), point("lampq", 3, 300_100, 0.5)]  # the same but for what is recorded
+    assert [p.recipe for p in front(near, "disk_bytes", "kl")] == ["lampq"]
     timed = [replace(p, latency_ms=2.0) for p in points]
     assert [p.kl for p in front(timed, "latency_ms", "kl")] == [0.2]
     assert table(points).splitlines()[1].startswith("uniform,3,")
