@@ -45,6 +45,9 @@ PARTS = ("speed", "memory", "accuracy")
 LEAST_SECONDS = 45.0
 """Nothing is started with less time left than this."""
 
+SLOW_TO_BUILD = ("torchao-int8",)
+"""Compiled anew for every batch size, which takes longer than all the timing; they take part at some sizes only."""
+
 ACCURACY_KEY = ("kind", "model", "variant", "images", "calib_images")
 console = Console(highlight=False)
 
@@ -54,11 +57,12 @@ def main(
     models: Annotated[str, typer.Option(help="timm names, for speed and memory.")] = MODELS,
     batch: Annotated[str, typer.Option(help="Batch sizes for speed.")] = "1,8,32",
     memory_batch: Annotated[str, typer.Option(help="Batch sizes for memory.")] = "8",
+    slow_batch: Annotated[str, typer.Option(help="Batch sizes with torchao, which compiles long.")] = "8",
     against: Annotated[str, typer.Option(help="Variants or groups, as of `lampq bench`.")] = AGAINST,
     out: Annotated[Path | None, typer.Option(help="Markdown file with the markers; without, no file.")] = None,
     only: Annotated[str, typer.Option(help="Parts, of speed, memory, accuracy.")] = ",".join(PARTS),
     minutes: Annotated[float | None, typer.Option(help="Start nothing more after this.")] = None,
-    seconds: Annotated[float, typer.Option(help="Timing of one model and batch, beside warm-up.")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="Timing of one model and batch, beside warm-up.")] = 15.0,
     rounds: Annotated[int, typer.Option(help="At most so many turns a variant.")] = 10,
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default PyTorch's own number.")] = None,
     limit: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
@@ -79,7 +83,12 @@ def main(
         if "accuracy" in parts and data is not None:
             measure_accuracy(store, clock, data, _integer(chosen), limit, cache, again, left_out)
         if "speed" in parts:
-            measure_speed(store, clock, names(models), numbers(batch, "--batch"), chosen, rounds, seconds, cache, again)
+            slow = numbers(slow_batch, "--slow-batch")
+            cells = {
+                size: [variant for variant in chosen if variant not in SLOW_TO_BUILD or size in slow]
+                for size in numbers(batch, "--batch")
+            }
+            measure_speed(store, clock, names(models), cells, rounds, seconds, cache, again)
         if "memory" in parts:
             sizes = numbers(memory_batch, "--memory-batch")
             measure_memory(store, clock, names(models), sizes, chosen, cache, again, left_out)
@@ -112,16 +121,15 @@ def measure_speed(
     store: Store,
     clock: Clock,
     models: list[str],
-    batches: list[int],
-    chosen: list[str],
+    cells: dict[int, list[str]],
     rounds: int,
     seconds: float,
     cache: Path,
     again: bool,
 ) -> None:
-    """One run a model and batch size, with all variants in it: a ratio across two runs would be worth little."""
+    """One run a model and batch size, with all its variants in it: a ratio across two runs would be worth little."""
     for model in models:
-        missing = [batch for batch in batches if again or _lacks(store, model, batch, chosen)]
+        missing = [batch for batch, chosen in cells.items() if again or _lacks(store, model, batch, chosen)]
         if not missing or clock.left() < LEAST_SECONDS:
             continue
         original, plan = _random(model)
@@ -130,7 +138,7 @@ def measure_speed(
                 break
             with console.status(f"{model}, batch {batch}") as status:
                 found = bench.bench(
-                    original, plan, batches=[batch], against=chosen, rounds=rounds,
+                    original, plan, batches=[batch], against=cells[batch], rounds=rounds,
                     limit_seconds=min(seconds, clock.left()), name=model, folder=cache,
                     input_size=tuple(original.pretrained_cfg["input_size"]),
                     progress=lambda text, status=status, model=model: status.update(f"{model}, {text}"),

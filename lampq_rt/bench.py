@@ -123,6 +123,7 @@ def bench(
         job = Job(original, plan, target, seen, folder or Path(scratch))
         for batch in batches:
             inputs = _inputs((batch, *input_size))
+            torch._dynamo.reset()  # here and not by each that compiles: it would forget what another has compiled
             with torch.inference_mode():
                 entrants = _entrants(job, chosen, inputs, result, progress)
                 times = _rounds(entrants, rounds, limit_seconds, partial(_tell, progress, batch))

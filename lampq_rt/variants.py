@@ -108,7 +108,6 @@ def compiled(model: nn.Module, device: torch.device, **options: Any) -> Callable
     Returns:
         A function that raises `BackendError` where compiling failed.
     """
-    torch._dynamo.reset()
     best: dict[str, Any] = {"freezing": True, "cpp.threads": torch.get_num_threads()}
     if device.type == "cuda":
         best = torch._inductor.list_mode_options("max-autotune")

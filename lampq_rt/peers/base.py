@@ -77,11 +77,13 @@ def versions(variant: str) -> dict[str, str]:
 def kept(job: Job, variant: str, make: Callable[[Path], None]) -> Path:
     """Folder of the variant's quantised model: as an earlier job left it, or filled by `make`.
 
-    The name tells weights, calibration images and versions apart. A folder that is there is complete.
+    The name tells weights, calibration images, versions and the file that `make` stands in apart. A folder that is
+    there is complete.
     """
     digest = hashlib.sha256(weights_digest(job.original).encode())
     digest.update(_bytes(job.calibration))
     digest.update(repr(sorted(versions(variant).items())).encode())
+    digest.update(Path(make.__code__.co_filename).read_bytes())
     folder = job.folder / f"{variant}-{digest.hexdigest()[:16]}"
     if not folder.is_dir():
         job.folder.mkdir(parents=True, exist_ok=True)
