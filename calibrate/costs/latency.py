@@ -10,7 +10,7 @@ from __future__ import annotations
 from lampq_rt.backends import Formats
 from lampq_rt.errors import TableError
 from lampq_rt.formats import Format
-from lampq_rt.latency.predict import OURS, Predictor
+from lampq_rt.latency.predict import FLOAT, OURS, Predictor
 from lampq_rt.sites import Site
 
 FP32 = "fp32-eager"
@@ -31,7 +31,7 @@ class Latency:
         self.constant = predictor.entry.latency_ms[OURS]
         shares = predictor.shares()
         self.edges = shares.edges
-        self.baselines = {v: ms for v, ms in predictor.entry.latency_ms.items() if v != OURS}
+        self.baselines = {v: ms for v, ms in predictor.entry.latency_ms.items() if v not in (OURS, FLOAT)}
         self._nodes = shares.nodes
 
     @property
