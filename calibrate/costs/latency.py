@@ -7,6 +7,8 @@ the measured latency with 8 bits everywhere. See `lampq_rt.latency.predict`.
 
 from __future__ import annotations
 
+import math
+
 from lampq_rt.backends import Formats
 from lampq_rt.errors import TableError
 from lampq_rt.formats import Format
@@ -18,7 +20,7 @@ FP32 = "fp32-eager"
 
 
 class Latency:
-    """Milliseconds of one batch size; a `PairCost`.
+    """Milliseconds of one batch size; a `PairCost`. `full` is not a number where the table has no fp32 model.
 
     Args:
         predictor: of the model at that batch size.
@@ -32,18 +34,8 @@ class Latency:
         shares = predictor.shares()
         self.edges = shares.edges
         self.baselines = {v: ms for v, ms in predictor.entry.latency_ms.items() if v not in (OURS, FLOAT)}
+        self.full = self.baselines.get(FP32, math.nan)
         self._nodes = shares.nodes
-
-    @property
-    def full(self) -> float:
-        """Milliseconds of the fp32 model.
-
-        Raises:
-            TableError: the table was made without it.
-        """
-        if FP32 not in self.baselines:
-            raise TableError(f"the latency table has no {FP32} for this model, which a percentage refers to")
-        return self.baselines[FP32]
 
     @property
     def fastest(self) -> tuple[str, float]:
