@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,8 +68,8 @@ def profile(
     timed = list(output.steps(found.calls(), len(found.needed), "timing ops"))
     with output.working("timing whole models") as say:
         entries, left_out = found.models(rivals, rounds, say)
-    ops = found.ops_ms()
-    output.show(_ops_table(timed, f"{model} on {found.table.where}"), _models_table(entries, ops))
+    factors = found.factors()
+    output.show(_ops_table(timed, f"{model} on {found.table.where}"), _models_table(entries, factors))
     for variant, reason in left_out.items():
         output.note(f"{variant} left out: {reason}")
     fresh = sum(t.fresh for t in timed)
@@ -84,7 +84,14 @@ def profile(
             "table": str(found.path),
             "seconds": round(time.perf_counter() - started, 3),
             "ops": [{"key": t.key, "latency_ms": t.latency_ms, "fresh": t.fresh} for t in timed],
-            "models": [{"batch": e.batch, "latency_ms": dict(e.latency_ms), "ops_ms": ops[e.batch]} for e in entries],
+            "models": [
+                {
+                    "batch": e.batch,
+                    "latency_ms": dict(e.latency_ms),
+                    "factors": {"integer": factors[e.batch][True], "others": factors[e.batch][False]},
+                }
+                for e in entries
+            ],
         }
     )
 
@@ -100,15 +107,16 @@ def _ops_table(timed: Sequence[Timed], title: str) -> Group:
     return titled(title, table)
 
 
-def _models_table(entries: Sequence[ModelEntry], ops: dict[int, float]) -> Group:
+def _models_table(entries: Sequence[ModelEntry], factors: Mapping[int, Mapping[bool, float]]) -> Group:
     from lampq_rt.inspect_plan import titled
 
     variants = list(dict.fromkeys(variant for entry in entries for variant in entry.latency_ms))
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("batch", *variants, "ops of lampq", "the rest"):
+    for column in ("batch", *variants, "f_int", "f_float"):
         table.add_column(column, justify="right", no_wrap=True)
     for entry in entries:
         times = [f"{entry.latency_ms[v]:.4g}" if v in entry.latency_ms else "–" for v in variants]
-        rest = entry.latency_ms["lampq"] - ops[entry.batch]
-        table.add_row(str(entry.batch), *times, f"{ops[entry.batch]:.4g}", f"{rest:.3g}")
-    return titled("Whole models, ms; lampq: 8 bits everywhere", table)
+        table.add_row(str(entry.batch), *times, *(f"{factors[entry.batch][kind]:.2f}" for kind in (True, False)))
+    table.caption = "ms; lampq: 8 bits everywhere; f: how many times as long ops take inside the model as alone"
+    table.caption_justify = "left"
+    return titled("Whole models", table)

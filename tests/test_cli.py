@@ -159,6 +159,39 @@ def test_bench(bench, monkeypatch):
     assert "bf16-eager" in result.stdout and "times as fast as" in result.stdout
 
 
+def test_profile_then_a_budget_of_latency(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAMPQ_CACHE", str(tmp_path))
+    monkeypatch.setattr("lampq_rt.latency.table.SHIPPED", tmp_path / "none")
+    monkeypatch.setattr("lampq_rt.latency.timing.CALL_SECONDS", 0.001)
+    monkeypatch.setattr("lampq_rt.bench.ROUND_SECONDS", 0.005)
+    arguments = ("profile", MODEL, "--batch", 2, "--against", "bf16", "--rounds", 1, "--json", tmp_path / "p.json")
+    assert "ops timed" in succeed(*arguments).stdout
+    facts = json.loads((tmp_path / "p.json").read_text())
+    assert facts["device"] == "cpu" and all(op["fresh"] for op in facts["ops"])
+    assert set(facts["models"][0]["latency_ms"]) == {"lampq", "lampq-float", "bf16-eager"}
+    assert "0 ops timed" in succeed(*arguments).stdout
+    torch.manual_seed(0)  # the ops of a model with another number of classes are others
+    save_file(timm.create_model(MODEL).state_dict(), tmp_path / "w.safetensors")
+    limit = 3 * facts["models"][0]["latency_ms"]["lampq"]
+    own = ("--weights", tmp_path / "w.safetensors")
+    result = succeed(
+        "calibrate", MODEL, *own, "--images", bench.images, "--budget", f"latency_ms={limit}@2", "--mean-bits", 6,
+        "--recipe", "uniform", "--out", tmp_path / "x.plan", "--json", tmp_path / "c.json",
+    )  # fmt: skip
+    assert "predicted" in result.stdout and "measured" in result.stdout and "latency_ms@2 ≤" in result.stdout
+    (row,) = json.loads((tmp_path / "c.json").read_text())["latency"]
+    assert row["batch"] == 2 and row["predicted_ms"] <= limit and row["measured_ms"] > 0
+    compiled = succeed("compile", MODEL, *own, "--plan", tmp_path / "x.plan", "--out", tmp_path / "x.lampq")
+    for text in (compiled.stdout, succeed("inspect", tmp_path / "x.plan").stdout):
+        assert "predicted" in text
+    line = fail("calibrate", MODEL, *own, "--images", bench.images, "--budget", "speedup=1000@2", "--recipe", "uniform",
+                "--out", tmp_path / "y.plan")  # fmt: skip
+    assert "speedup@2 = 1000 cannot be met; the largest possible here is" in line
+    line = fail("calibrate", MODEL, *own, "--images", bench.images, "--budget", "latency_ms=1@4", "--recipe", "uniform",
+                "--out", tmp_path / "y.plan")  # fmt: skip
+    assert "run: lampq profile test_vit --batch 4" in line
+
+
 def test_quickstart_without_latency(tmp_path):
     result = succeed("quickstart", "--no-latency", "--json", tmp_path / "q.json")
     assert "lampq calibrate MODEL" in result.stdout and "Bits per layer" not in result.stderr
@@ -168,9 +201,10 @@ def test_quickstart_without_latency(tmp_path):
     assert by_recipe[3, "lampq"]["disk_bytes"] < 0.2 * facts["fp32_bytes"]
 
 
-@pytest.mark.parametrize(
-    "command", ["quickstart", "calibrate", "compile", "eval", "bench", "frontier", "tune", "inspect"]
-)
+COMMANDS = ("quickstart", "calibrate", "compile", "eval", "bench", "frontier", "tune", "profile", "inspect")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command):
     output = succeed(command, "--help").output
     assert "Examples:" in output and f"lampq {command}" in output

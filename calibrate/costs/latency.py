@@ -7,10 +7,12 @@ the measured latency with 8 bits everywhere. See `lampq_rt.latency.predict`.
 
 from __future__ import annotations
 
+import math
+
 from lampq_rt.backends import Formats
 from lampq_rt.errors import TableError
 from lampq_rt.formats import Format
-from lampq_rt.latency.predict import OURS, Predictor
+from lampq_rt.latency.predict import FLOAT, OURS, Predictor
 from lampq_rt.sites import Site
 
 FP32 = "fp32-eager"
@@ -18,7 +20,7 @@ FP32 = "fp32-eager"
 
 
 class Latency:
-    """Milliseconds of one batch size; a `PairCost`.
+    """Milliseconds of one batch size; a `PairCost`. `full` is not a number where the table has no fp32 model.
 
     Args:
         predictor: of the model at that batch size.
@@ -31,19 +33,9 @@ class Latency:
         self.constant = predictor.entry.latency_ms[OURS]
         shares = predictor.shares()
         self.edges = shares.edges
-        self.baselines = {v: ms for v, ms in predictor.entry.latency_ms.items() if v != OURS}
+        self.baselines = {v: ms for v, ms in predictor.entry.latency_ms.items() if v not in (OURS, FLOAT)}
+        self.full = self.baselines.get(FP32, math.nan)
         self._nodes = shares.nodes
-
-    @property
-    def full(self) -> float:
-        """Milliseconds of the fp32 model.
-
-        Raises:
-            TableError: the table was made without it.
-        """
-        if FP32 not in self.baselines:
-            raise TableError(f"the latency table has no {FP32} for this model, which a percentage refers to")
-        return self.baselines[FP32]
 
     @property
     def fastest(self) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lampq_rt.calibrate.costs.base import TIMED, Budget
-from lampq_rt.calibrate.costs.latency import Latency
+from lampq_rt.calibrate.costs.latency import FP32, Latency
 from lampq_rt.errors import BudgetError, TableError
 from lampq_rt.latency import table as tables
 from lampq_rt.latency.predict import Predictor
@@ -59,10 +60,16 @@ class TimedCosts:
         return self._costs[batch]
 
     def limit(self, budget: Budget, unit: str) -> float:
-        """Milliseconds that the budget allows."""
-        if not unit.startswith("speedup"):
-            return budget.resolve(unit, self[unit].full if str(budget.limits[unit]).endswith("%") else 0.0)
+        """Milliseconds that the budget allows.
+
+        Raises:
+            TableError: the table lacks what the model needs, or the baseline that the budget refers to.
+        """
         times = budget.limits[unit]
+        if not unit.startswith("speedup"):
+            if isinstance(times, str) and math.isnan(self[unit].full):
+                raise TableError(f"budget {unit} = {times}: the latency table has no {FP32} of this model; % is of it")
+            return budget.resolve(unit, self[unit].full)
         if isinstance(times, str):
             raise BudgetError(f"budget {unit} = {times}; it must be a number of times")
         return self[unit].fastest[1] / times

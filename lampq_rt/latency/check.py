@@ -83,7 +83,7 @@ def facts(plan: Plan, measured: Mapping[int, float]) -> list[dict[str, Any]]:
 def report(plan: Plan, measured: Mapping[int, float]) -> Group:
     """The same as a table for people."""
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("batch", "predicted ms", "measured ms", "error", "W8A8 ms", "fastest in floating point", "×"):
+    for column in ("batch", "predicted", "measured", "error", "W8A8", "floating point", "×"):
         table.add_column(column, justify="right", no_wrap=True)
     off = False
     for row in facts(plan, measured):
@@ -95,10 +95,11 @@ def report(plan: Plan, measured: Mapping[int, float]) -> Group:
             "–" if found is None else f"{found:.4g}",
             "–" if error is None else f"{100 * error:+.1f} %",
             f"{row['w8a8_ms']:.4g}",
-            "–" if baseline is None else f"{row['baseline']} {baseline:.4g} ms",
+            "–" if baseline is None else f"{baseline:.4g} ({row['baseline']})",
             "–" if baseline is None else f"{baseline / row['predicted_ms']:.2f}",
         )
+    table.caption = "ms; ×: times as fast as the fastest in floating point, as predicted"
     if off:
-        table.caption = f"more than {100 * TOLERANCE:.0f} % off: other work on the machine, or a table to make anew"
-        table.caption_justify = "left"
+        table.caption += f"\nmore than {100 * TOLERANCE:.0f} % off: other work on the machine, or a table to make anew"
+    table.caption_justify = "left"
     return titled(f"Latency on {machine(plan)}", table)

@@ -1,10 +1,13 @@
-"""A plan's latency from a table: the measured model with 8 bits everywhere, plus what the plan's ops take more or less.
+"""A plan's latency from a table of single ops and two measured models: with 8 bits everywhere, and in floating point.
 
-    latency(plan) = measured(W8A8) + sum over calls of (count in plan - count in W8A8) * milliseconds of the call
+    latency(plan) = f_int * sum of its integer ops' milliseconds + f_float * sum of the others'
 
-What no op of a plan changes (patches, position embedding, final norm, pooling, the calls of Python modules) is thus in
-the one measured number. For the calibrator the same is split into a part for each site and one for each pair of
-neighbours: what an op does depends on its own format and on the next one's (docs/latency.md), so that
+An op takes longer inside a model than alone (caches and branch predictors have seen other things, Python calls lie
+between): by a factor that is much the same for ops of one family, and that the two models tell, whose latencies come
+out as they were measured. Plans in between are predicted. What all plans have in common is covered by the same factors.
+
+For the calibrator the same is split into a part for each site and one for each pair of neighbours: what an op does
+depends on its own format and on the next one's (docs/latency.md), so that
 
     latency = constant + sum_i node(i, width_i) + sum_i edge(i, width_i, width_{i+1})
 
@@ -24,7 +27,7 @@ from lampq_rt.backends import Formats
 from lampq_rt.errors import TableError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS
 from lampq_rt.latency.calls import Calls, Counted, Tracer, fingerprint
-from lampq_rt.latency.table import OURS, LatencyTable, ModelEntry
+from lampq_rt.latency.table import FLOAT, OURS, LatencyTable, ModelEntry
 from lampq_rt.runner import BUCKETS, micro_batch_for
 from lampq_rt.sites import BLOCK_LINEARS, Description, Site
 
@@ -71,15 +74,13 @@ class Predictor:
         self._tracer = Tracer(model, input_size, table.device)
         self.description = self._tracer.description
         self._short = _shortened(self._tracer)
-        self._reference: Calls | None = None
+        self._pure: dict[int, Calls] = {}
         self._hint = f"lampq profile {self.description.architecture} --batch {batch} --device {table.device}"
 
     @property
     def reference(self) -> Calls:
         """The calls of the model with 8 bits everywhere."""
-        if self._reference is None:
-            self._reference = self.calls(uniform(self.description, REFERENCE))
-        return self._reference
+        return self._uniform(REFERENCE)
 
     @property
     def fingerprint(self) -> str:
@@ -107,23 +108,31 @@ class Predictor:
         """Predicted milliseconds of a forward pass with the sites in these formats.
 
         Raises:
-            TableError: the table lacks a call.
+            TableError: the table lacks a call, or the model.
         """
-        return self.entry.latency_ms[OURS] + self._price(self.calls(chosen)) - self._price(self.reference)
+        return self._price(self.calls(chosen))
 
-    def ops_ms(self) -> float:
-        """Milliseconds of all timed calls of the model with 8 bits everywhere: what is missing to its latency is
-        the constant.
+    def factors(self) -> dict[bool, float]:
+        """How many times as long ops take inside the model as alone: integer ones (True) and all others (False).
+
+        Raises:
+            TableError: the table lacks a call, or the model.
         """
-        return self._price(self.reference)
+        times = self.entry.latency_ms
+        (integer, others), (_, floating) = self._sums(self.reference), self._sums(self._uniform(FLOAT_BITS))
+        if FLOAT not in times:
+            return dict.fromkeys((True, False), times[OURS] / (integer + others))
+        factor = times[FLOAT] / floating
+        return {False: factor, True: max(times[OURS] - factor * others, 0.0) / integer}
 
     def shares(self) -> Shares:
         """What each site and each pair of neighbours adds at each width.
 
         Raises:
-            TableError: the table lacks a call.
+            TableError: the table lacks a call, or the model.
         """
-        return split(self.description, self._short.description, self._short_calls, self._price)
+        factors = self.factors()
+        return split(self.description, self._short.description, self._short_calls, lambda c: self._price(c, factors))
 
     def needed(self) -> dict[str, Counted]:
         """Every call that a prediction may ask for, one a key."""
@@ -151,15 +160,28 @@ class Predictor:
                 total[key] = Counted(counted.call, before + counted.count * times)
         return total
 
-    def _price(self, calls: Calls) -> float:
-        """Milliseconds of these calls."""
+    def _uniform(self, width: int) -> Calls:
+        if width not in self._pure:
+            self._pure[width] = self.calls(uniform(self.description, width))
+        return self._pure[width]
+
+    def _price(self, calls: Calls, factors: Mapping[bool, float] | None = None) -> float:
+        """Milliseconds of these calls inside the model."""
+        integer, others = self._sums(calls)
+        factors = factors or self.factors()
+        return factors[True] * integer + factors[False] * others
+
+    def _sums(self, calls: Calls) -> tuple[float, float]:
+        """Milliseconds of the integer calls and of the others, alone."""
         missing = [key for key in calls if key not in self.table.calls]
         if missing:
             raise TableError(
                 f"the latency table of {self.table.where} lacks {len(missing)} of the {len(calls)} ops that "
                 f"{self.description.architecture} runs at batch {self.batch}; run: {self._hint}"
             )
-        return sum(self.table.calls[key] * counted.count for key, counted in calls.items())
+        times = {key: self.table.calls[key] * counted.count for key, counted in calls.items()}
+        integer = sum(ms for key, ms in times.items() if key.startswith("lampq::"))
+        return integer, sum(times.values()) - integer
 
 
 def kernel_batches(batch: int, image_bytes: int, table: LatencyTable) -> dict[int, int]:

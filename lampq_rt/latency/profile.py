@@ -15,10 +15,11 @@ from torch import nn
 
 from lampq_rt import bench
 from lampq_rt.errors import TableError
+from lampq_rt.formats import FLOAT_BITS
 from lampq_rt.latency import table as tables
 from lampq_rt.latency.calls import Call
 from lampq_rt.latency.predict import REFERENCE, Predictor
-from lampq_rt.latency.table import LatencyTable, ModelEntry
+from lampq_rt.latency.table import FLOAT, LatencyTable, ModelEntry
 from lampq_rt.latency.timing import time_call
 from lampq_rt.standin import stand_in_plan
 
@@ -110,25 +111,29 @@ class Profile:
         for batch, predictor in self._predictors.items():
             known = self._known.models.get(predictor.fingerprint)
             if known is None or self.again:
-                found = self._measure(batch, against, rounds, progress)
+                found = self._measure(batch, REFERENCE, against, rounds, progress)
+                floating = self._measure(batch, FLOAT_BITS, (), rounds, progress)
                 left_out |= found.left_out
                 times = {str(row["variant"]): float(row["latency_ms"]["median"]) for row in found.rows}
+                times[FLOAT] = float(floating.rows[0]["latency_ms"]["median"])
                 known = ModelEntry(self.name, batch, times)
                 self._keep({}, {predictor.fingerprint: known})
             entries.append(known)
         return entries, left_out
 
-    def ops_ms(self) -> dict[int, float]:
-        """By batch size, the sum of the timed ops of the model with 8 bits everywhere."""
+    def factors(self) -> dict[int, dict[bool, float]]:
+        """By batch size, how many times as long ops take inside the model as alone (see `Predictor.factors`)."""
         found = {}
         for batch, predictor in self._predictors.items():
             predictor.table = self._known
-            found[batch] = predictor.ops_ms()
+            found[batch] = predictor.factors()
         return found
 
-    def _measure(self, batch: int, against: Sequence[str], rounds: int, progress: bench.Progress) -> bench.Result:
+    def _measure(
+        self, batch: int, bits: int, against: Sequence[str], rounds: int, progress: bench.Progress
+    ) -> bench.Result:
         images = torch.randn(2, *self.input_size, generator=torch.Generator().manual_seed(0))
-        plan = replace(stand_in_plan(self.model, images, REFERENCE), residual_dtype="float16")
+        plan = replace(stand_in_plan(self.model, images, bits), residual_dtype="float16")
         return bench.bench(
             self.model,
             plan,

@@ -29,7 +29,9 @@ LARGEST = 32 << 20
 """Bytes that a table's file may have."""
 
 OURS = bench.OURS
-"""Name of the integer model among a model's latencies."""
+"""Name of the integer model, 8 bits everywhere, among a model's latencies."""
+FLOAT = "lampq-float"
+"""Name of the compiled model whose plan leaves every site in floating point."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class ModelEntry:
     Attributes:
         name: timm's name; others with the same calls share the entry.
         batch: images at once.
-        latency_ms: median milliseconds by variant: "lampq" with 8 bits everywhere, and the floating-point baselines.
+        latency_ms: median milliseconds by variant: "lampq" with 8 bits everywhere, "lampq-float" with none, and the
+            baselines of `bench`.
     """
 
     name: str

@@ -28,14 +28,14 @@ CODE_STEP = 1e-4
 """Step of random products of codes: logits and residuals of ordinary size come out."""
 
 
-def time_call(call: Call, device: torch.device, footprint_bytes: int, seconds: float = CALL_SECONDS) -> float:
+def time_call(call: Call, device: torch.device, footprint_bytes: int, seconds: float | None = None) -> float:
     """Median milliseconds of one such call.
 
     Args:
         call: what to run, on random data.
         device: where.
         footprint_bytes: bytes of all weights of the model that makes the call.
-        seconds: how long to repeat it.
+        seconds: how long to repeat it; `CALL_SECONDS` by default.
     """
     own = call.weight_bytes
     copies = min(MOST_COPIES, max(1, -(-footprint_bytes // own))) if own else 1
@@ -50,6 +50,7 @@ def time_call(call: Call, device: torch.device, footprint_bytes: int, seconds: f
                 function(*positional, **keywords)
 
         run()  # repacks weights
+        seconds = CALL_SECONDS if seconds is None else seconds
         return (_time_cuda if device.type == "cuda" else _time_cpu)(run, seconds) / copies * 1e3
 
 
