@@ -27,7 +27,7 @@ import torch
 import typer
 
 from lampq_rt import bench, peers
-from lampq_rt.errors import BackendError, DataError
+from lampq_rt.errors import BackendError, DataError, LampqError
 from lampq_rt.memory import PeakMemory, keep_memory, resident_bytes
 from lampq_rt.models import load_model
 from lampq_rt.standin import stand_in_plan
@@ -165,7 +165,7 @@ def main(
             bench.warm_up(contender, [sample])
             with memory.peak():
                 contender.run(sample)
-    except BackendError as error:
+    except LampqError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     facts = {
@@ -177,4 +177,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False)  # so that the last line on standard error says what it was
+    app.command()(main)
+    app()

@@ -12,8 +12,6 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from torch import Tensor
-
 from lampq_rt.errors import BackendError
 from lampq_rt.plan import weights_digest
 from lampq_rt.variants import VARIANTS, Builder, Contender, Job
@@ -81,7 +79,7 @@ def kept(job: Job, variant: str, make: Callable[[Path], None]) -> Path:
     there is complete.
     """
     digest = hashlib.sha256(weights_digest(job.original).encode())
-    digest.update(_bytes(job.calibration))
+    digest.update(job.calibration.contiguous().numpy().tobytes())
     digest.update(repr(sorted(versions(variant).items())).encode())
     digest.update(Path(make.__code__.co_filename).read_bytes())
     folder = job.folder / f"{variant}-{digest.hexdigest()[:16]}"
