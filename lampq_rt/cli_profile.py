@@ -15,6 +15,7 @@ from rich.table import Table
 from lampq_rt.cli_common import Json, Model, Output, names, numbers, plural
 
 if TYPE_CHECKING:
+    from lampq_rt.latency.predict import Factors
     from lampq_rt.latency.profile import Timed
     from lampq_rt.latency.table import ModelEntry
 
@@ -49,6 +50,7 @@ def profile(
     from lampq_rt import backends
     from lampq_rt import bench as benchmark
     from lampq_rt.images import preprocessing
+    from lampq_rt.latency.predict import FAMILIES
     from lampq_rt.latency.profile import Profile
     from lampq_rt.memory import keep_memory
     from lampq_rt.models import check_name, load_model
@@ -88,7 +90,7 @@ def profile(
                 {
                     "batch": e.batch,
                     "latency_ms": dict(e.latency_ms),
-                    "factors": {"integer": factors[e.batch][True], "others": factors[e.batch][False]},
+                    "factors": dict(zip(FAMILIES, factors[e.batch], strict=True)),
                 }
                 for e in entries
             ],
@@ -107,16 +109,16 @@ def _ops_table(timed: Sequence[Timed], title: str) -> Group:
     return titled(title, table)
 
 
-def _models_table(entries: Sequence[ModelEntry], factors: Mapping[int, Mapping[bool, float]]) -> Group:
+def _models_table(entries: Sequence[ModelEntry], factors: Mapping[int, Factors]) -> Group:
     from lampq_rt.inspect_plan import titled
 
     variants = list(dict.fromkeys(variant for entry in entries for variant in entry.latency_ms))
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("batch", *variants, "f_int", "f_float"):
+    for column in ("batch", *variants, "f_int", "f_convert", "f_float"):
         table.add_column(column, justify="right", no_wrap=True)
     for entry in entries:
         times = [f"{entry.latency_ms[v]:.4g}" if v in entry.latency_ms else "–" for v in variants]
-        table.add_row(str(entry.batch), *times, *(f"{factors[entry.batch][kind]:.2f}" for kind in (True, False)))
+        table.add_row(str(entry.batch), *times, *(f"{f:.2f}" for f in factors[entry.batch]))
     table.caption = "ms; lampq: 8 bits everywhere; f: how many times as long ops take inside the model as alone"
     table.caption_justify = "left"
     return titled("Whole models", table)

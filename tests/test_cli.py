@@ -168,7 +168,7 @@ def test_profile_then_a_budget_of_latency(bench, tmp_path, monkeypatch):
     assert "ops timed" in succeed(*arguments).stdout
     facts = json.loads((tmp_path / "p.json").read_text())
     assert facts["device"] == "cpu" and all(op["fresh"] for op in facts["ops"])
-    assert set(facts["models"][0]["latency_ms"]) == {"lampq", "lampq-float", "bf16-eager"}
+    assert set(facts["models"][0]["latency_ms"]) == {"lampq", "lampq-float", "lampq-mixed", "bf16-eager"}
     assert "0 ops timed" in succeed(*arguments).stdout
     torch.manual_seed(0)  # the ops of a model with another number of classes are others
     save_file(timm.create_model(MODEL).state_dict(), tmp_path / "w.safetensors")

@@ -18,7 +18,7 @@ from lampq_rt import backends, compile
 from lampq_rt.errors import TableError
 from lampq_rt.latency import table as tables
 from lampq_rt.latency.calls import Call, TensorSpec, Tracer
-from lampq_rt.latency.predict import REFERENCE, Predictor, kernel_batches, uniform
+from lampq_rt.latency.predict import REFERENCE, Predictor, kernel_batches, third_floating, uniform
 from lampq_rt.latency.profile import Profile
 from lampq_rt.latency.table import LatencyTable, ModelEntry
 from lampq_rt.latency.timing import time_call
@@ -96,14 +96,16 @@ def test_integer_widths_that_run_the_same_ops_cost_the_same() -> None:
     assert row[2] == row[3] == row[4] < row[5] == row[8] == 0.0
 
 
-def test_the_pure_models_come_out_as_they_were_measured() -> None:
+def test_the_measured_models_come_out_as_they_were_measured() -> None:
     model = tiny_vit()
     table = hand_made(model, SIZE, [2], by_name)
     (key, entry), = table.models.items()  # fmt: skip
-    times = {**entry.latency_ms, "lampq": 50.0, "lampq-float": 90.0}
+    times = {**entry.latency_ms, "lampq": 50.0, "lampq-float": 90.0, "lampq-mixed": 85.0}
     predictor = Predictor(table.updated({}, {key: ModelEntry("x", 2, times)}), model, SIZE, 2)
     found = {bits: predictor.latency_ms(uniform(predictor.description, bits)) for bits in (8, 16)}
     assert found == {8: pytest.approx(50.0), 16: pytest.approx(90.0)}
+    assert predictor.latency_ms(third_floating(predictor.description)) == pytest.approx(85.0)
+    assert min(predictor.factors()) > 0
 
 
 def test_a_gpus_batch_runs_in_the_runners_pieces() -> None:
@@ -209,8 +211,9 @@ def test_profile_fills_a_table_and_goes_on_where_it_was(
     again = Profile(small, "small", (3, 16, 16), [1], CPU, path)
     assert [timed.fresh for timed in again.calls()].count(False) == 5
     entries, left_out = again.models(["eager"], rounds=1)
-    assert set(entries[0].latency_ms) == {"lampq", "lampq-float", "fp32-eager", "bf16-eager"} and not left_out
-    assert again.factors()[1][True] > 0
+    ours = {"lampq", "lampq-float", "lampq-mixed"}
+    assert set(entries[0].latency_ms) == {*ours, "fp32-eager", "bf16-eager"} and not left_out
+    assert min(again.factors()[1]) > 0
     whole = Profile(small, "small", (3, 16, 16), [1], CPU, path)
     assert whole.missing == [] and whole.models([], rounds=1)[0] == [LatencyTable.load(path).models[k] for k in
                                                                      LatencyTable.load(path).models]  # fmt: skip

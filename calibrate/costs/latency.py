@@ -12,7 +12,8 @@ import math
 from lampq_rt.backends import Formats
 from lampq_rt.errors import TableError
 from lampq_rt.formats import Format
-from lampq_rt.latency.predict import FLOAT, OURS, Predictor
+from lampq_rt.latency.predict import Predictor
+from lampq_rt.latency.table import COMPILED, OURS
 from lampq_rt.sites import Site
 
 FP32 = "fp32-eager"
@@ -33,7 +34,7 @@ class Latency:
         self.constant = predictor.entry.latency_ms[OURS]
         shares = predictor.shares()
         self.edges = shares.edges
-        self.baselines = {v: ms for v, ms in predictor.entry.latency_ms.items() if v not in (OURS, FLOAT)}
+        self.baselines = {v: ms for v, ms in predictor.entry.latency_ms.items() if v not in COMPILED}
         self.full = self.baselines.get(FP32, math.nan)
         self._nodes = shares.nodes
 

@@ -1,10 +1,12 @@
-"""A plan's latency from a table of single ops and two measured models: with 8 bits everywhere, and in floating point.
+"""A plan's latency from a table of single ops and three measured models.
 
-    latency(plan) = f_int * sum of its integer ops' milliseconds + f_float * sum of the others'
+    latency(plan) = f_int * sum of its integer ops' milliseconds
+                    + f_convert * sum of those between integers and floating point + f_float * sum of the others'
 
-An op takes longer inside a model than alone (caches and branch predictors have seen other things, Python calls lie
-between): by a factor that is much the same for ops of one family, and that the two models tell, whose latencies come
-out as they were measured. Plans in between are predicted. What all plans have in common is covered by the same factors.
+An op takes longer inside a model than alone: caches and branch predictors have seen other things, Python calls lie
+between, and the more so where it follows an op of another library. The three factors are such that three models come
+out as they were measured: 8 bits everywhere, floating point everywhere, and every third linear in floating point. All
+other plans are predicted. What plans have in common is covered by the same factors.
 
 For the calibrator the same is split into a part for each site and one for each pair of neighbours: what an op does
 depends on its own format and on the next one's (docs/latency.md), so that
@@ -26,8 +28,8 @@ from lampq_rt import backends
 from lampq_rt.backends import Formats
 from lampq_rt.errors import TableError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS
-from lampq_rt.latency.calls import Calls, Counted, Tracer, fingerprint
-from lampq_rt.latency.table import FLOAT, OURS, LatencyTable, ModelEntry
+from lampq_rt.latency.calls import Call, Calls, Counted, Tracer, fingerprint
+from lampq_rt.latency.table import FLOAT, MIXED, OURS, LatencyTable, ModelEntry
 from lampq_rt.runner import BUCKETS, micro_batch_for
 from lampq_rt.sites import BLOCK_LINEARS, Description, Site
 
@@ -37,6 +39,13 @@ REFERENCE = 8
 WIDTHS = (*INTEGER_BITS, FLOAT_BITS)
 TRACED_BLOCKS = 2
 """Blocks that show every pair of neighbours: the first has none before it, the last none behind."""
+
+FAMILIES = ("integer", "conversion", "other")
+CONVERSIONS = ("quantize", "layernorm_quantize", "linear_float", "linear_residual", "heads_quantize")
+"""Ops of ours that read or write floating point."""
+
+Factors = tuple[float, float, float]
+"""By family."""
 
 Chosen = Mapping[str, Formats]
 Nodes = Mapping[str, Mapping[int, float]]
@@ -75,6 +84,7 @@ class Predictor:
         self.description = self._tracer.description
         self._short = _shortened(self._tracer)
         self._pure: dict[int, Calls] = {}
+        self._factors: tuple[LatencyTable, Factors] | None = None
         self._hint = f"lampq profile {self.description.architecture} --batch {batch} --device {table.device}"
 
     @property
@@ -112,18 +122,36 @@ class Predictor:
         """
         return self._price(self.calls(chosen))
 
-    def factors(self) -> dict[bool, float]:
-        """How many times as long ops take inside the model as alone: integer ones (True) and all others (False).
+    def factors(self) -> Factors:
+        """How many times as long ops take inside the model as alone, by family (see `FAMILIES`).
 
         Raises:
             TableError: the table lacks a call, or the model.
         """
-        times = self.entry.latency_ms
-        (integer, others), (_, floating) = self._sums(self.reference), self._sums(self._uniform(FLOAT_BITS))
+        if self._factors is None or self._factors[0] is not self.table:
+            self._factors = (self.table, self._solved())
+        return self._factors[1]
+
+    def _solved(self) -> Factors:
+        """From as many of the measured models as the table has: one factor of all ops, two, or three."""
+        times, sums = self.entry.latency_ms, self._sums(self.reference)
+        common = times[OURS] / sum(sums)
         if FLOAT not in times:
-            return dict.fromkeys((True, False), times[OURS] / (integer + others))
-        factor = times[FLOAT] / floating
-        return {False: factor, True: max(times[OURS] - factor * others, 0.0) / integer}
+            return (common, common, common)
+        floating = times[FLOAT] / self._sums(self._uniform(FLOAT_BITS))[2]
+        rest = times[OURS] - floating * sums[2]
+        two = max(rest, 0.0) / (sums[0] + sums[1])
+        if MIXED not in times:
+            return (two, two, floating)
+        mixed = self._sums(self.calls(third_floating(self.description)))
+        left = times[MIXED] - floating * mixed[2]
+        determinant = sums[0] * mixed[1] - sums[1] * mixed[0]
+        if not determinant:
+            return (two, two, floating)
+        integer = (rest * mixed[1] - left * sums[1]) / determinant
+        convert = (left * sums[0] - rest * mixed[0]) / determinant
+        # Two nearly equal latencies, and noise in both, may give nonsense: then two factors are safer.
+        return (integer, convert, floating) if integer > 0.0 and convert > 0.0 else (two, two, floating)
 
     def shares(self) -> Shares:
         """What each site and each pair of neighbours adds at each width.
@@ -165,23 +193,36 @@ class Predictor:
             self._pure[width] = self.calls(uniform(self.description, width))
         return self._pure[width]
 
-    def _price(self, calls: Calls, factors: Mapping[bool, float] | None = None) -> float:
+    def _price(self, calls: Calls, factors: Factors | None = None) -> float:
         """Milliseconds of these calls inside the model."""
-        integer, others = self._sums(calls)
-        factors = factors or self.factors()
-        return factors[True] * integer + factors[False] * others
+        return sum(f * ms for f, ms in zip(factors or self.factors(), self._sums(calls), strict=True))
 
-    def _sums(self, calls: Calls) -> tuple[float, float]:
-        """Milliseconds of the integer calls and of the others, alone."""
+    def _sums(self, calls: Calls) -> tuple[float, float, float]:
+        """Milliseconds of these calls alone, by family."""
         missing = [key for key in calls if key not in self.table.calls]
         if missing:
             raise TableError(
                 f"the latency table of {self.table.where} lacks {len(missing)} of the {len(calls)} ops that "
                 f"{self.description.architecture} runs at batch {self.batch}; run: {self._hint}"
             )
-        times = {key: self.table.calls[key] * counted.count for key, counted in calls.items()}
-        integer = sum(ms for key, ms in times.items() if key.startswith("lampq::"))
-        return integer, sum(times.values()) - integer
+        sums = [0.0, 0.0, 0.0]
+        for key, counted in calls.items():
+            sums[family(counted.call)] += self.table.calls[key] * counted.count
+        return sums[0], sums[1], sums[2]
+
+
+def family(call: Call) -> int:
+    """Index in `FAMILIES`."""
+    namespace, _, op = call.op.removesuffix(".default").partition("::")
+    if namespace != "lampq":
+        return 2
+    return int(op in CONVERSIONS or (op == "attention" and dict(call.args)["out_bits"] == FLOAT_BITS))
+
+
+def third_floating(description: Description) -> dict[str, Formats]:
+    """Every third of the blocks' linears in floating point, 8 bits elsewhere."""
+    floating = {site.name: backends.formats(site.kind, FLOAT_BITS) for site in _linears(description)[::3]}
+    return {**uniform(description, REFERENCE), **floating}
 
 
 def kernel_batches(batch: int, image_bytes: int, table: LatencyTable) -> dict[int, int]:

@@ -18,9 +18,10 @@ from lampq_rt.errors import TableError
 from lampq_rt.formats import FLOAT_BITS
 from lampq_rt.latency import table as tables
 from lampq_rt.latency.calls import Call
-from lampq_rt.latency.predict import REFERENCE, Predictor
-from lampq_rt.latency.table import FLOAT, LatencyTable, ModelEntry
+from lampq_rt.latency.predict import REFERENCE, Factors, Predictor, third_floating
+from lampq_rt.latency.table import FLOAT, MIXED, OURS, LatencyTable, ModelEntry
 from lampq_rt.latency.timing import time_call
+from lampq_rt.plan import Plan
 from lampq_rt.standin import stand_in_plan
 
 AGAINST = ("eager", "compile")
@@ -111,17 +112,19 @@ class Profile:
         for batch, predictor in self._predictors.items():
             known = self._known.models.get(predictor.fingerprint)
             if known is None or self.again:
-                found = self._measure(batch, REFERENCE, against, rounds, progress)
-                floating = self._measure(batch, FLOAT_BITS, (), rounds, progress)
+                plans = self._plans(predictor)
+                found = self._measure(batch, plans.pop(OURS), against, rounds, progress)
                 left_out |= found.left_out
                 times = {str(row["variant"]): float(row["latency_ms"]["median"]) for row in found.rows}
-                times[FLOAT] = float(floating.rows[0]["latency_ms"]["median"])
+                for variant, plan in plans.items():
+                    (row,) = self._measure(batch, plan, (), rounds, progress).rows
+                    times[variant] = float(row["latency_ms"]["median"])
                 known = ModelEntry(self.name, batch, times)
                 self._keep({}, {predictor.fingerprint: known})
             entries.append(known)
         return entries, left_out
 
-    def factors(self) -> dict[int, dict[bool, float]]:
+    def factors(self) -> dict[int, Factors]:
         """By batch size, how many times as long ops take inside the model as alone (see `Predictor.factors`)."""
         found = {}
         for batch, predictor in self._predictors.items():
@@ -129,11 +132,20 @@ class Profile:
             found[batch] = predictor.factors()
         return found
 
-    def _measure(
-        self, batch: int, bits: int, against: Sequence[str], rounds: int, progress: bench.Progress
-    ) -> bench.Result:
+    def _plans(self, predictor: Predictor) -> dict[str, Plan]:
+        """Stand-ins for the compiled models that are measured, by variant."""
         images = torch.randn(2, *self.input_size, generator=torch.Generator().manual_seed(0))
-        plan = replace(stand_in_plan(self.model, images, bits), residual_dtype="float16")
+        integer, floating = (
+            replace(stand_in_plan(self.model, images, bits), residual_dtype="float16")
+            for bits in (REFERENCE, FLOAT_BITS)
+        )
+        chosen = third_floating(predictor.description)
+        islands = {name: floating.sites[name] for name, f in chosen.items() if all(x.is_float for x in f.values())}
+        return {OURS: integer, FLOAT: floating, MIXED: integer.with_sites(islands)}
+
+    def _measure(
+        self, batch: int, plan: Plan, against: Sequence[str], rounds: int, progress: bench.Progress
+    ) -> bench.Result:
         return bench.bench(
             self.model,
             plan,

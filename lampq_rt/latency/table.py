@@ -32,6 +32,9 @@ OURS = bench.OURS
 """Name of the integer model, 8 bits everywhere, among a model's latencies."""
 FLOAT = "lampq-float"
 """Name of the compiled model whose plan leaves every site in floating point."""
+MIXED = "lampq-mixed"
+"""Name of the compiled model whose plan leaves every third of the blocks' linears in floating point."""
+COMPILED = (OURS, FLOAT, MIXED)
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class ModelEntry:
     Attributes:
         name: timm's name; others with the same calls share the entry.
         batch: images at once.
-        latency_ms: median milliseconds by variant: "lampq" with 8 bits everywhere, "lampq-float" with none, and the
-            baselines of `bench`.
+        latency_ms: median milliseconds by variant: "lampq" with 8 bits everywhere, "lampq-float" with none,
+            "lampq-mixed" with both, and the baselines of `bench`.
     """
 
     name: str
