@@ -91,7 +91,3 @@ def kept(job: Job, variant: str, make: Callable[[Path], None]) -> Path:
             make(made)
             os.replace(made, folder)
     return folder
-
-
-def _bytes(images: Tensor) -> memoryview:
-    return images.contiguous().numpy().data.cast("B")
