@@ -110,10 +110,10 @@ class Budget:
             unit, equals, limit = (part.strip() for part in text.partition("="))
             if not equals or not limit:
                 raise BudgetError(f"budget {text!r} is not of the form UNIT=LIMIT; units: {_units()}")
-            unit, limit = _with_batch(unit, limit)
-            if unit in limits:
-                raise BudgetError(f"budget {unit!r} is given twice")
-            limits[unit] = limit
+            name, value = _with_batch(unit, limit)
+            if name in limits:
+                raise BudgetError(f"budget {name!r} is given twice")
+            limits[name] = value
         return cls(**limits)
 
     def __or__(self, other: Budget) -> Budget:
