@@ -191,8 +191,8 @@ def test_heads_quantize_rounds_ties_to_even_and_saturates() -> None:
 @pytest.mark.parametrize(("tokens", "head_dim"), cases.ATTENTION)
 def test_attention(tokens: int, head_dim: int) -> None:
     *coded, rowmax, log2_4, log2_3 = cases.attention_cases(tokens, head_dim)
-    for case in coded:
-        assert_codes(*both(case))
+    for case in coded:  # a code of P that falls the other way can move its whole row, which is much of a small result
+        assert_codes(*both(case), 1e-3 if tokens > 64 else 1e-2)
     for floating, limit in ((rowmax, 1e-4), (log2_4, 1e-6), (log2_3, 1e-6)):
         came, wanted = both(floating)
         # A rowmax code that falls the other way moves a row by 1/255 of a value: compare the spread, not each number.
