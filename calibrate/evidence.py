@@ -20,12 +20,14 @@ from lampq_rt.calibrate.metrics.fisher import Fisher
 from lampq_rt.calibrate.metrics.fisher_output import output
 from lampq_rt.calibrate.observe import LinearObservation, Observation, observe
 from lampq_rt.calibrate.progress import Report
+from lampq_rt.calibrate.recipes import PLAIN, Preparation
 from lampq_rt.calibrate.steps import step_table
 from lampq_rt.errors import BackendError, DataError
-from lampq_rt.formats import INTEGER_BITS
+from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS
+from lampq_rt.kernels.reference import MAX_LOG2_BITS
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
-from lampq_rt.sites import BLOCK_LINEARS, Site
+from lampq_rt.sites import BLOCK_LINEARS, Kind, Site
 
 HALF_RANGE = 65504.0 / 4
 """Largest absolute value of the residual stream that fp16 is trusted with: a quarter of its range."""
@@ -43,6 +45,7 @@ class Measurements:
         device: where the measuring runs.
         report: told of progress.
         shard: the processes that have the other images.
+        preparation: number formats and rounding; its rewrites have been applied to `model`.
 
     Raises:
         ModelError, DataError, BackendError: see `check_images`, `check_labels`, `resolve_device`.
@@ -59,11 +62,13 @@ class Measurements:
         device: torch.device,
         report: Report,
         shard: Shard = SINGLE,
+        preparation: Preparation = PLAIN,
     ) -> None:
         self.simulation = Simulation(model).float().to(device)
         self.description = self.simulation.description
+        self.preparation = preparation
         self.menu = {
-            site.name: {_width(formats): formats for formats in backends.menu(site, target)}
+            site.name: {_width(formats): _styled(site, formats, preparation) for formats in backends.menu(site, target)}
             for site in self.description.sites
         }
         self.shard, self.seed, self.report = shard, seed, report
@@ -151,6 +156,7 @@ class Measurements:
                     {name: missing[name] for name in own},
                     search,
                     progress=lambda d, n: self.report(f"steps of {total} sites", d * total // n, total),
+                    rounding=self.preparation.rounding,
                 )
 
             found = self.shard.together(solve)
@@ -323,6 +329,16 @@ def check_labels(labels: Tensor | None, count: int, classes: int) -> Tensor | No
             f"labels lie in {int(labels.min())}..{int(labels.max())}; this model has classes 0..{classes - 1}"
         )
     return labels
+
+
+def _styled(site: Site, formats: backends.Formats, preparation: Preparation) -> backends.Formats:
+    """`formats` with the preparation's scheme of softmax output and steps of fc2's input."""
+    width = _width(formats)
+    if width == FLOAT_BITS:
+        return formats
+    softmax = preparation.softmax if width <= MAX_LOG2_BITS else "rowmax"
+    granularity = preparation.fc2_input if site.kind is Kind.FC2 else "tensor"
+    return backends.formats(site.kind, width, p_scheme=softmax, input_granularity=granularity)
 
 
 def _width(formats: backends.Formats) -> int:

@@ -21,21 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from lampq_rt.calibrate.allocate import ALLOCATORS, Problem
-from lampq_rt.calibrate.costs import COSTS, Budget, Cost, edges_of, total
+from lampq_rt.calibrate.costs import COSTS, Budget, Cost, edges_of
 from lampq_rt.calibrate.costs.timed import TimedCosts
 from lampq_rt.calibrate.distributed import SINGLE, Shard
 from lampq_rt.calibrate.evidence import Measurements, SearchEvidence, resolve_device
 from lampq_rt.calibrate.metrics import PENALTIES, Score
+from lampq_rt.calibrate.prepare import finished, prepared
 from lampq_rt.calibrate.progress import Report, reporting
 from lampq_rt.calibrate.proposal import Proposal
-from lampq_rt.calibrate.recipes import RECIPES, Recipe
+from lampq_rt.calibrate.provenance import Facts, provenance
+from lampq_rt.calibrate.recipes import PLAIN, RECIPES, Preparation, Recipe
 from lampq_rt.calibrate.refine import refine
 from lampq_rt.errors import BudgetError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS
 from lampq_rt.latency.table import LatencyTable
 from lampq_rt.plan import Plan, SiteParams, weights_digest
 from lampq_rt.sites import Site
-from lampq_rt.version import __version__
 
 Penalties = Mapping[str, Mapping[int, float]]
 
@@ -149,9 +150,12 @@ class Calibration:
         latency_table: LatencyTable | Path | None = None,
         report: Report | None,
         shard: Shard = SINGLE,
+        preparation: Preparation = PLAIN,
     ) -> None:
+        self.original = model
+        self.model, self.refused = prepared(model, images, preparation, seed)
         self.measurements = Measurements(
-            model,
+            self.model,
             images,
             labels,
             target=target,
@@ -159,7 +163,9 @@ class Calibration:
             device=resolve_device(device),
             report=report or (lambda stage, done, total: None),
             shard=shard,
+            preparation=preparation,
         )
+        self._prepared: dict[Preparation, Calibration] = {preparation: self}
         self.description = self.measurements.description
         self.costs: dict[str, Cost] = {unit: COSTS.get(unit)(model, self.description) for unit in COSTS}
         self.timed = TimedCosts(model, self.measurements.images.shape[1:], target, latency_table)
@@ -179,6 +185,29 @@ class Calibration:
             UnknownNameError: unknown recipe.
         """
         chosen = RECIPES.get(recipe)
+        return self._for(chosen.preparation)._plan(budget, chosen)
+
+    def _for(self, preparation: Preparation) -> Calibration:
+        """The calibration of the model as prepared in that way; what it measures is kept."""
+        if preparation not in self._prepared:
+            m = self.measurements
+            self._prepared[preparation] = Calibration(
+                self.original,
+                m.images,
+                m.labels,
+                self.target,
+                m.seed,
+                next(m.simulation.parameters()).device,
+                model_name=self.model_name,
+                images_digest=self.images_digest,
+                latency_table=self.timed.source,
+                report=m.report,
+                shard=m.shard,
+                preparation=preparation,
+            )
+        return self._prepared[preparation]
+
+    def _plan(self, budget: Budget, chosen: Recipe) -> Plan:
         limits = {unit: self._limit(budget, unit) for unit in budget}
         nominal = self._nominal_bits(chosen, limits)
         fixed = self._fixed(chosen.search, nominal)
@@ -188,9 +217,10 @@ class Calibration:
         if chosen.refine and bits:
             bits, refined = self._refine(chosen, nominal, proposal, fixed)
         sites = self._sites(chosen.search, bits, fixed)
-        provenance = self._provenance(chosen, budget, limits, nominal, proposals, proposal, sites, refined)
+        sites, edits = finished(self.measurements, self.original, self.model, sites, chosen)
+        facts = Facts(chosen, budget, limits, nominal, proposals, proposal, refined, tuple(edits))
         dtype = self.measurements.residual_dtype
-        return Plan(self.model_name, self.weights_digest, sites, provenance, residual_dtype=dtype)
+        return Plan(self.model_name, self.weights_digest, sites, provenance(self, facts, sites), dtype, edits)
 
     def evidence(self, search: str, nominal: int) -> SearchEvidence:
         """What penalties are made from, with the range search of that name and that nominal width."""
@@ -249,16 +279,17 @@ class Calibration:
         penalties = {name: {w: penalties[name].get(w, 0.0) for w in row} for name, row in widths.items()}
         costs, constants = {}, {}
         for unit in limits:
-            cost = self._cost(unit)
+            cost = self.cost(unit)
             costs[unit] = {s.name: {w: cost.of(s, menu[s.name][w]) for w in widths[s.name]} for s in linears}
             others = (site for site in self.description.sites if site not in linears)
             constants[unit] = cost.constant + sum(
                 cost.of(site, menu[site.name][self.measurements.nearest(site, nominal)]) for site in others
             )
-        edges = {unit: found for unit in limits if (found := edges_of(self._cost(unit)))}
+        edges = {unit: found for unit in limits if (found := edges_of(self.cost(unit)))}
         return Problem(penalties, costs, limits, constants, edges, self.timed.inverse(limits))
 
-    def _cost(self, unit: str) -> Cost:
+    def cost(self, unit: str) -> Cost:
+        """What that unit of a budget costs."""
         return self.timed[unit] if TimedCosts.has(unit) else self.costs[unit]
 
     def _limit(self, budget: Budget, unit: str) -> float:
@@ -327,52 +358,6 @@ class Calibration:
         finally:
             m.simulation.reset()
         return dict(result.bits), result.facts
-
-    def _provenance(
-        self,
-        recipe: Recipe,
-        budget: Budget,
-        limits: Mapping[str, float],
-        nominal: int,
-        proposals: list[Proposal],
-        proposal: Proposal,
-        sites: Mapping[str, SiteParams],
-        refined: Mapping[str, Any] | None,
-    ) -> dict[str, Any]:
-        """JSON-able facts; no times and no paths, so that equal work gives equal bytes."""
-        costs = {unit: total(self._cost(unit), self.description, sites) for unit in {**self.costs, **limits}}
-        score, allocation = proposal.score, proposal.allocation
-        return {
-            "version": __version__,
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
-            "device": next(self.measurements.simulation.parameters()).device.type,
-            "seed": self.measurements.seed,
-            "target": self.target,
-            "images": {
-                "count": self.measurements.count,
-                "sha256": self.images_digest,
-                "labels": self.measurements.judge.labels is not None,
-            },
-            "recipe": recipe.to_json(),
-            "budget": {u: {"asked": budget.limits[u], "limit": limits[u], "reached": costs[u]} for u in limits},
-            "costs": {unit: costs[unit] for unit in self.costs},
-            "full_costs": {unit: cost.full for unit, cost in self.costs.items()},
-            "nominal_bits": nominal,
-            **self.timed.facts(budget, costs),
-            "objective": None if score is None else allocation.objective,
-            "mip_gap": allocation.gap,
-            "penalty": proposal.penalty,
-            "proposals": [
-                {"penalty": p.penalty, "objective": p.allocation.objective, "divergence": p.divergence}
-                for p in proposals
-            ],
-            "metric": {} if score is None else dict(score.facts),
-            "sensitivity": {} if score is None else dict(score.sensitivity),
-            "refine": None if refined is None else dict(refined),
-            "residual_max": self.measurements.residual_max,
-            "skipped": [{"name": s.name, "reason": s.reason} for s in self.description.skipped],
-        }
 
 
 def digest(images: Tensor, shard: Shard) -> str:

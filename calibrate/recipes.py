@@ -9,6 +9,26 @@ from lampq_rt.registry import Registry
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """What is done to the model and its number formats before bits are chosen; one calibration a preparation.
+
+    Attributes:
+        rewrites: names of function-preserving rewrites (`calibrate/transforms`), in this order.
+        softmax: scheme of softmax output of at most 4 bits: "rowmax" or "log2".
+        fc2_input: "tensor" or "channel": what shares a step of the input of fc2.
+        rounding: of weights while bits are chosen: "nearest" or "gptq".
+    """
+
+    rewrites: tuple[str, ...] = ()
+    softmax: str = "rowmax"
+    fc2_input: str = "tensor"
+    rounding: str = "nearest"
+
+
+PLAIN = Preparation()
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a plan is made.
 
@@ -21,6 +41,8 @@ class Recipe:
         baseline: True where the same bits everywhere is one of the answers compared.
         refine: True where the iterative update follows.
         description: one line for people.
+        preparation: of model and number formats.
+        compensate: True where the plan's weights and biases are made good site after site (`compensate`).
     """
 
     name: str
@@ -30,10 +52,13 @@ class Recipe:
     baseline: bool
     refine: bool
     description: str
+    preparation: Preparation = PLAIN
+    compensate: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict, for the plan's provenance."""
-        return {**asdict(self), "penalties": list(self.penalties)}
+        preparation = {**asdict(self.preparation), "rewrites": list(self.preparation.rewrites)}
+        return {**asdict(self), "penalties": list(self.penalties), "preparation": preparation}
 
 
 RECIPES: Registry[Recipe] = Registry("recipe")

@@ -8,12 +8,16 @@ floating-point model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lampq_rt.calibrate.observe import LinearObservation, Observation, Progress, PVObservation, QKObservation
+from lampq_rt.calibrate.rounding import gptq, weighted_moment
 from lampq_rt.calibrate.search import SEARCHES, Steps, weight_scale
+from lampq_rt.calibrate.search.base import RangeSearch
+from lampq_rt.calibrate.search.output_error import row_worth
 from lampq_rt.errors import DataError, FormatError
 from lampq_rt.formats import Format
 from lampq_rt.plan import SiteParams
@@ -33,6 +37,7 @@ def site_params(
     observation: Observation,
     weight: Tensor | None,
     search: str = DEFAULT_SEARCH,
+    rounding: str = "nearest",
 ) -> SiteParams:
     """Steps of one site in one choice of formats.
 
@@ -42,6 +47,7 @@ def site_params(
         observation: of that site, from `observe`.
         weight: fp32 [N, ...] for a linear; None for a matmul.
         search: name of a range search.
+        rounding: of weights, "nearest" or "gptq".
 
     Returns:
         Tensors as `lampq_rt.plan.SiteParams` says, on the CPU; none where the formats are float.
@@ -50,7 +56,7 @@ def site_params(
         UnknownNameError: no search has that name.
         DataError: the weight holds a NaN or infinity.
     """
-    return _fill(site, formats, _solver(site, observation, weight, search))
+    return _fill(site, formats, _solver(site, observation, weight, search, rounding))
 
 
 def step_table(
@@ -59,6 +65,7 @@ def step_table(
     menu: Mapping[str, Sequence[Mapping[str, Format]]],
     search: str = DEFAULT_SEARCH,
     progress: Progress | None = None,
+    rounding: str = "nearest",
 ) -> dict[str, dict[int, SiteParams]]:
     """Steps of every site of `menu` at every width offered there.
 
@@ -68,6 +75,7 @@ def step_table(
         menu: by site name, the choices of formats, as `lampq_rt.backends.menu` gives; one per width.
         search: name of a range search.
         progress: called with the number of sites done and their number after each site.
+        rounding: of weights, "nearest" or "gptq".
 
     Returns:
         By site name, then by width (16: floating point, without tensors), in the order of `menu`.
@@ -82,7 +90,7 @@ def step_table(
     for done, (name, choices) in enumerate(menu.items(), 1):
         module = simulation.module(name)
         weight = module.original.weight.detach() if isinstance(module, SimulatedLinear) else None
-        solver = _solver(sites[name], observations[name], weight, search)
+        solver = _solver(sites[name], observations[name], weight, search, rounding)
         table[name] = {}
         for formats in choices:
             params = _fill(sites[name], formats, solver)
@@ -100,7 +108,7 @@ def _fill(site: Site, formats: Mapping[str, Format], solver: _Solver) -> SitePar
 
 
 @torch.no_grad()
-def _solver(site: Site, observation: Observation, weight: Tensor | None, search: str) -> _Solver:
+def _solver(site: Site, observation: Observation, weight: Tensor | None, search: str, rounding: str) -> _Solver:
     """What the search prepares once for all widths of a site."""
     chosen = SEARCHES.get(search)
     if site.kind is Kind.QK:
@@ -115,22 +123,100 @@ def _solver(site: Site, observation: Observation, weight: Tensor | None, search:
     rows = weight.detach().flatten(1).float()
     if not bool(rows.isfinite().all()):
         raise DataError(f"site {site.name!r}: its weight holds a NaN or infinity")
-    solve_input = chosen.linear(observation, rows)
+    solvers: dict[str, LinearSteps] = {}
 
     def solve(formats: Mapping[str, Format]) -> dict[str, Tensor]:
-        fmt = formats["weight"]
-        scale = weight_scale(rows, fmt.bits)
-        weight_hat = QUANTIZERS.get(fmt.scheme).fake_quantize(rows, scale[:, None], None, fmt.bits, weight=True)
-        return _tensors({"weight": Steps(scale), "input": solve_input(formats["input"], weight_hat)})
+        granularity = formats["input"].granularity
+        if granularity not in solvers:
+            solvers[granularity] = LinearSteps(chosen, observation, rows, granularity == "channel", rounding)
+        return _tensors(*solvers[granularity](formats["weight"], formats["input"]))
 
     return solve
 
 
-def _tensors(steps: Mapping[str, Steps]) -> dict[str, Tensor]:
+class LinearSteps:
+    """Steps and codes of one linear, prepared once for all widths.
+
+    With a step for every input channel, the search sees (x - shift) / spread and a weight whose columns are multiplied
+    by spread: there one step serves all channels.
+
+    Args:
+        search: of the input's range.
+        seen: the input.
+        weight: fp32 [N, K].
+        by_channel: True for a step a channel of the input.
+        rounding: "nearest" or "gptq".
+    """
+
+    def __init__(
+        self, search: RangeSearch, seen: LinearObservation, weight: Tensor, by_channel: bool, rounding: str
+    ) -> None:
+        self.shift = self.spread = None
+        if by_channel:
+            self.shift, self.spread = channel_spread(seen, weight)
+            rows = (seen.rows - self.shift) / self.spread
+            low, high = (float(end) for end in rows.aminmax())
+            seen, weight = LinearObservation(rows, low, high, seen.row_weight), weight * self.spread
+        self.seen, self.weight, self.rounding = seen, weight, rounding
+        self.solve = search.linear(seen, weight)
+
+    def __call__(self, weight_format: Format, input_format: Format) -> tuple[dict[str, Steps], Tensor | None]:
+        """Steps by operand, and int8 [N, K] codes where rounding to nearest does not give them."""
+        bits = weight_format.bits
+        scale = weight_scale(self.weight, bits)
+        quantizer = QUANTIZERS.get(weight_format.scheme)
+        weight_hat = quantizer.fake_quantize(self.weight, scale[:, None], None, bits, weight=True)
+        fmt = replace(input_format, granularity="tensor")
+        found = self.solve(fmt, weight_hat)
+        codes = None if self.rounding == "nearest" else self._codes(found, fmt, scale, bits)
+        if self.shift is None or self.spread is None:
+            return {"weight": Steps(scale), "input": found}, codes
+        zero_point = 0.0 if found.zero_point is None else found.zero_point
+        channels = found.scale * self.spread
+        steps = Steps(channels, (zero_point - self.shift / channels).float())
+        return {"weight": Steps(scale * found.scale), "input": steps}, codes
+
+    def _codes(self, steps: Steps, fmt: Format, scale: Tensor, bits: int) -> Tensor:
+        quantizer = QUANTIZERS.get(fmt.scheme)
+        x_hat = quantizer.fake_quantize(self.seen.rows, steps.scale, steps.zero_point, fmt.bits)
+        moment = weighted_moment(x_hat, row_worth(self.seen, self.weight))
+        return gptq(self.weight, scale, moment, bits)
+
+
+PARAMS=(.5,.5,1.,'sigma')
+def channel_spread(seen: LinearObservation, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and spread of every input channel, fp32 [K]: (x - shift) / spread is what one step serves well.
+
+    Spread balances what a step costs (see `transforms.equalize`): sqrt(sigma_k / ||w_k||), floored so that constant
+    channels do no harm.
+    """
+    share = torch.ones(len(seen.rows)) if seen.row_weight is None else seen.row_weight
+    share = (share / share.sum()).to(seen.rows)
+    mean = share @ seen.rows
+    A,B,SH,KIND=PARAMS
+    if KIND=="sigma":
+        sigma = (share @ (seen.rows - mean).square()).sqrt()
+    elif KIND=="rms":
+        sigma = (share @ seen.rows.square()).sqrt()
+    elif KIND=="max":
+        sigma = seen.rows.abs().amax(0)
+    elif KIND=="q":
+        sigma = seen.rows.abs().quantile(0.99,dim=0)
+    norm = weight.norm(dim=0)
+    norm = norm.clamp_min(1e-3 * float(norm.max()) + 1e-30)
+    spread = sigma**A/norm**B
+    mean = mean*SH
+    spread = spread.clamp_min(1e-2 * float(spread.max()) + 1e-30)
+    return mean, spread
+
+
+def _tensors(steps: Mapping[str, Steps], codes: Tensor | None = None) -> dict[str, Tensor]:
     """By key of a plan, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for operand, found in steps.items():
         tensors[f"{operand}.scale"] = found.scale.cpu()
         if found.zero_point is not None:
             tensors[f"{operand}.zero_point"] = found.zero_point.cpu()
+    if codes is not None:
+        tensors["weight.codes"] = codes.cpu()
     return tensors

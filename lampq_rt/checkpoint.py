@@ -46,7 +46,7 @@ CODES, STATE, PLAN = "codes/", "state/", "plan/"
 """Prefixes of the tensors' names: packed codes by module, other state by name, the plan's by site and key."""
 
 _INTRODUCTION = re.compile(r"checkpoint (\d{1,9}) sha256 ([0-9a-f]{64}) ")
-_KEYS = {"written_by", "architecture", "plan", "linears", "codes_of_plan"}
+_KEYS = {"written_by", "architecture", "plan", "linears", "codes_of_plan", "edits_of_state"}
 _NO_DIGEST = "0" * 64
 
 
@@ -175,13 +175,16 @@ def _encoded(model: CompiledModel) -> bytearray:
     decided = {f"{site}/weight.codes": name for name, site in blank.linears.items()}
     of_plan = plan_io.named_tensors(plan)
     repeated = [key for key, name in decided.items() if key in of_plan and _same(of_plan[key], codes[name])]
+    edits = _found_edits(plan, state)
+    repeated += [f"{plan_io.EDITS}/{name}" for name in edits]
     tensors |= {f"{PLAN}{key}": tensor for key, tensor in of_plan.items() if key not in repeated}
     content = {
         "written_by": f"lampq_rt {__version__}",
         "architecture": model.architecture,
         "plan": plan_io.document(plan),
         "linears": dict(blank.linears),
-        "codes_of_plan": [key.partition("/")[0] for key in repeated],
+        "codes_of_plan": [key.removesuffix("/weight.codes") for key in repeated if key in decided],
+        "edits_of_state": edits,
     }
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     introduction = f"checkpoint {VERSION} sha256 {_NO_DIGEST} "
@@ -253,7 +256,9 @@ def _filled(content: Mapping[str, Any], tensors: Mapping[str, Tensor], target: t
         raise CheckpointError("its integer linears are not those that this version of lampq_rt builds from its plan")
     codes = _unpacked(groups[CODES], blank, plan)
     plan = plan.with_sites(_with_codes(content["codes_of_plan"], codes, blank, plan))
-    blank.module.load_state_dict(_state(groups[STATE], _derived(blank, codes, plan), blank), assign=True)
+    state = _state(groups[STATE], _derived(blank, codes, plan), blank)
+    plan = replace(plan, edits={**plan.edits, **_edits(content["edits_of_state"], state)})
+    blank.module.load_state_dict(state, assign=True)
     fallbacks = backends.fallbacks(plan.sites, target)
     compiled = CompiledModel(blank.module, plan, dict(content["architecture"]), fallbacks, blank.image_bytes)
     return compiled.to(target).eval().requires_grad_(False)
@@ -305,6 +310,26 @@ def _state(stored: Mapping[str, Tensor], derived: Mapping[str, Tensor], blank: _
             came = f"{tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(f"the tensor {name} is {came}; expected {like.dtype} {list(like.shape)}")
     return state
+
+
+def _found_edits(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """By name of an edit, the tensor of the state that is the same: most edits are norms and biases as they run."""
+    by_bytes = {(t.shape, t.numpy().tobytes()): name for name, t in state.items() if t.dtype == torch.float32}
+    found = {}
+    for name, edit in plan.edits.items():
+        tensor = edit.detach().cpu().contiguous()
+        twin = by_bytes.get((tensor.shape, tensor.numpy().tobytes()))
+        if twin is not None:
+            found[name] = twin
+    return found
+
+
+def _edits(names: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `_found_edits`."""
+    fits = isinstance(names, dict) and all(isinstance(twin, str) and twin in state for twin in names.values())
+    if not fits:
+        raise CheckpointError(f"edits_of_state: expected tensors of the state by parameter; got {names!r:.80}")
+    return {name: state[twin].detach().clone() for name, twin in names.items()}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lampq_rt import backends
+from lampq_rt.edits import edited
 from lampq_rt.errors import PlanError
 from lampq_rt.plan import Plan
 from lampq_rt.runner import GraphRunner, l2_bytes, micro_batch_for
@@ -243,6 +244,7 @@ def compile(  # noqa: A001
     target = backends.resolve(device)
     description = check_plan(model, plan)
     adapter = adapter_for(model)
+    model = edited(model, plan.edits)
     integer = adapter.integer(model, plan.sites, backend, plan.residual_dtype)
     left_out = backends.fallbacks(plan.sites, target)
     compiled = CompiledModel(integer, plan, adapter.architecture(model), left_out, description.image_bytes)

@@ -61,6 +61,7 @@ class Plan:
         sites: by site name, in order of execution.
         provenance: JSON-able facts: calibration images, metric, allocator, budgets, objective, gap, versions.
         residual_dtype: dtype of the residual stream and of 16-bit layers on a GPU: "float16", "bfloat16" or "float32".
+        edits: fp32 parameters of the model that the plan replaces, by name (see `edits`).
     """
 
     model: str
@@ -68,6 +69,7 @@ class Plan:
     sites: Mapping[str, SiteParams]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     residual_dtype: str = "float16"
+    edits: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean_bits(self) -> float:
@@ -78,12 +80,14 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over weights digest, formats and tensors, hexadecimal: equal plans compile to equal models."""
+        """SHA-256 over weights digest, formats, tensors and edits, hexadecimal: equal plans compile to equal models."""
         digest = hashlib.sha256(self.weights_digest.encode())
         for name, params in self.sites.items():
             digest.update(f"{name}|{params.kind}|{sorted(params.formats.items())}|".encode())
             for key in sorted(params.tensors):
                 update_digest(digest, key, params.tensors[key])
+        for name in sorted(self.edits):
+            update_digest(digest, name, self.edits[name])
         return digest.hexdigest()
 
     def with_sites(self, sites: Mapping[str, SiteParams]) -> Plan:

@@ -35,6 +35,9 @@ JSON_NAME, TENSORS_NAME = "plan.json", "plan.safetensors"
 JSON_LIMIT, TENSORS_LIMIT = 64 << 20, 8 << 30
 MAX_SITES, MAX_PARAMS, MAX_DEPTH = 10_000, 1 << 40, 16
 
+EDITS = "edits"
+"""Stands where a tensor's name has its site; the rest names a parameter."""
+
 _FORMAT = "lampq_rt plan"
 _TEXTS = ("format", "version", "written_by", "model", "weights_digest", "residual_dtype")
 _KEYS = (*_TEXTS, "mean_bits", "provenance", "sites")
@@ -136,11 +139,12 @@ def document(plan: Plan) -> dict[str, Any]:
 
 
 def named_tensors(plan: Plan) -> dict[str, Tensor]:
-    """All tensors of the plan as "<site>/<key>", on the CPU and contiguous, sharing no memory."""
+    """All tensors as "<site>/<key>" and "edits/<parameter>", on the CPU and contiguous, sharing no memory."""
+    groups = {**{name: params.tensors for name, params in plan.sites.items()}, EDITS: plan.edits}
     return {
         f"{name}/{key}": tensor.detach().to("cpu", copy=True).contiguous()
-        for name, params in plan.sites.items()
-        for key, tensor in sorted(params.tensors.items())
+        for name, tensors in groups.items()
+        for key, tensor in sorted(tensors.items())
     }
 
 
@@ -149,7 +153,7 @@ def parse(content: Any, tensors: Mapping[str, Tensor], where: str) -> Plan:
 
     Args:
         content: what JSON gave.
-        tensors: by "<site>/<key>".
+        tensors: by "<site>/<key>", or "edits/<parameter>".
         where: what the messages start with.
 
     Raises:
@@ -170,14 +174,23 @@ def parse(content: Any, tensors: Mapping[str, Tensor], where: str) -> Plan:
     entries = content["sites"]
     fits = isinstance(entries, dict) and 0 < len(entries) <= MAX_SITES
     _expect(fits, f"{where}: sites", f"an object with 1 to {MAX_SITES} sites", entries)
-    by_site: dict[str, dict[str, Tensor]] = {name: {} for name in entries}
+    by_site: dict[str, dict[str, Tensor]] = {EDITS: {}, **{name: {} for name in entries}}
     for name, tensor in tensors.items():
         site, _, key = name.partition("/")
         if site not in by_site:
             raise PlanError(f"{where}: sites: no entry for {site!r:.80}, of which there is a tensor {key!r:.80}")
         by_site[site][key] = tensor
     sites = {name: _parse_site(name, entry, by_site[name], where) for name, entry in entries.items()}
-    return Plan(content["model"], digest, sites, provenance, dtype)
+    return Plan(content["model"], digest, sites, provenance, dtype, _parse_edits(by_site[EDITS], where))
+
+
+def _parse_edits(edits: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    for name, tensor in edits.items():
+        path = f"{where}: edit of {name!r:.80}"
+        _expect(len(name) <= 200 and _NAME.fullmatch(name), path, "a parameter's qualified name", name)
+        fits = tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
+        _expect(fits, path, "finite numbers in torch.float32", f"{tensor.dtype} {list(tensor.shape)}")
+    return edits
 
 
 def _parse_site(name: str, entry: Any, tensors: dict[str, Tensor], where: str) -> SiteParams:
@@ -318,6 +331,9 @@ def diff(a: Plan, b: Plan) -> list[str]:
             lines.append(f"{name}: only in the {'first' if name in a.sites else 'second'} plan")
         else:
             lines += [f"{name}: {text}" for text in _site_differences(a.sites[name], b.sites[name])]
+    for name in sorted({*a.edits, *b.edits}):
+        difference = _tensor_difference(f"edit of {name}", a.edits.get(name), b.edits.get(name))
+        lines += [difference] if difference else []
     first, second = (dict(_leaves(plan.provenance, "provenance")) for plan in (a, b))
     for path in sorted({*first, *second}):
         x, y = (repr(side[path]) if path in side else "nothing" for side in (first, second))
@@ -351,6 +367,8 @@ def _tensor_difference(key: str, a: Tensor | None, b: Tensor | None) -> str | No
         return None
     if key.endswith(".scale"):
         return f"{key} changed by up to {100 * float((b.cpu() / a.cpu() - 1).abs().max()):.3g} %"
+    if a.is_floating_point():
+        return f"{key} changed by up to {float((b.cpu() - a.cpu()).abs().max()):.3g}"
     if a.numel() == 1:
         return f"{key} {int(a)} -> {int(b)}"
     return f"{key}: {int((a.cpu() != b.cpu()).sum())} of {a.numel()} codes differ"

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lampq_rt.edits import edited
 from lampq_rt.plan import Plan, SiteParams
 from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.sites import Description
@@ -162,6 +163,6 @@ def simulate(model: nn.Module, plan: Plan) -> Simulation:
     from lampq_rt.compiler import check_plan
 
     check_plan(model, plan)
-    simulation = Simulation(model)
+    simulation = Simulation(edited(model, plan.edits))
     simulation.set(plan.sites)
     return simulation

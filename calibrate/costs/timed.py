@@ -34,6 +34,11 @@ class TimedCosts:
         self._table = table
         self._costs: dict[int, Latency] = {}
 
+    @property
+    def source(self) -> LatencyTable | Path | None:
+        """The table or its file, as given or found so far."""
+        return self._table
+
     @staticmethod
     def has(unit: str) -> bool:
         """True for units that need a table."""

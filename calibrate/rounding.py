@@ -1,0 +1,61 @@
+"""Rounding of a weight that knows what its errors do (GPTQ, Frantar et al., 2210.17323; OBQ, 2208.11580).
+
+Column after column is rounded, and what that costs is made good by the columns still free: with H = X^T X of the
+layer's inputs, the least of ||(W_hat - W) X^T||^2 that rounding the next column leaves possible. Columns of large
+diagonal come first (the "activation order").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lampq_rt.kernels import reference
+
+BLOCK = 64
+"""Columns whose updates are gathered before the rest of the weight is touched."""
+
+DAMPING = 0.01
+"""Share of H's mean diagonal that is added to it."""
+
+
+def weighted_moment(rows: Tensor, worth: Tensor) -> Tensor:
+    """fp32 [K, K]: second moment of rows [R, K] about their mean, each counting `worth` [R] (the bias takes the mean)."""
+    share = worth / worth.sum()
+    centred = rows - share @ rows
+    return centred.t() @ (centred * share[:, None])
+
+
+@torch.no_grad()
+def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: float = DAMPING) -> Tensor:
+    """int8 codes [N, K] of `weight`.
+
+    Args:
+        weight: fp32 [N, K].
+        scale: fp32 [N], steps.
+        hessian: [K, K], second moment of the inputs, positive semidefinite; channels of no energy are rounded to
+            nearest.
+        bits: width of a code.
+        damping: share of the mean diagonal that is added to the diagonal.
+    """
+    low, high = reference.code_range(bits, weight=True)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    h = hessian[order][:, order].double()
+    diagonal = h.diagonal()
+    h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * diagonal.mean()).clamp_min(1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    work = (weight[:, order].float() / scale[:, None]).t().contiguous()  # [K, N] in units of the step
+    codes = torch.empty_like(work)
+    for start in range(0, len(work), BLOCK):
+        stop = min(start + BLOCK, len(work))
+        block, errors = work[start:stop], torch.empty_like(work[start:stop])
+        factor = upper[start:stop, start:stop]
+        for i in range(stop - start):
+            codes[start + i] = block[i].round().clamp_(low, high)
+            errors[i] = (block[i] - codes[start + i]) / factor[i, i]
+            block[i + 1 :] -= torch.outer(factor[i, i + 1 :], errors[i])
+        work[stop:] -= upper[start:stop, stop:].t() @ errors
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.t().to(torch.int8).contiguous()
