@@ -136,8 +136,8 @@ def _run(
     native.call(
         _library(), "lampq_linear", program.keep(x).data_ptr(), packed.weight.data_ptr(), packed.start.data_ptr(),
         packed.scale.data_ptr(), packed.bias.data_ptr(), native.at(packed.inverse), native.at(packed.offset),
-        x.numel() // features, features, len(packed.scale), kind, int(activation == "gelu"), *codes, program.keep(out).data_ptr(), *norm,
-        torch.get_num_threads(),
+        x.numel() // features, features, len(packed.scale), kind, int(activation == "gelu"), *codes,
+        program.keep(out).data_ptr(), *norm, torch.get_num_threads(),
     )  # fmt: skip
 
 
