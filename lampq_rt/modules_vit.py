@@ -114,8 +114,9 @@ class MlpPart(Part):
         if not isinstance(self.fc1, IntegerLinear):
             hidden = self.act(self.fc1(normed))
         elif self.fused:
-            integer = isinstance(self.fc2, IntegerLinear)
-            step, vectors = (self.fc2.input, self.fc2.vectors) if integer else (FLOAT_STEP, None)
+            step, vectors = FLOAT_STEP, None
+            if isinstance(self.fc2, IntegerLinear):
+                step, vectors = self.fc2.input, self.fc2.vectors
             hidden = self.fc1.to_codes(normed, step, "gelu", dtype, vectors)
             return _add_linear(x, self.fc2, self.scale, hidden, follower, out_is_float=False)
         else:
