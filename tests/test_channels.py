@@ -285,6 +285,21 @@ def test_a_plan_that_is_wrong_is_not_written(small: Case, key: str, value: Tenso
         plan.save(tmp_path / "a.plan")
 
 
+def test_the_cost_in_bytes_is_what_a_compiled_model_holds(small: Case) -> None:
+    from lampq_rt.adapters import describe
+    from lampq_rt.calibrate.costs.size import WeightBytes
+
+    model, plan, images = small
+    description = describe(model)
+    cost = WeightBytes(model, description)
+    one, each = (
+        sum(cost.of(site, p.sites[site.name].formats) for site in description.sites)
+        for p in (range_plan(model, images), plan)
+    )
+    held = [lampq_rt.compile(model, p).weight_bytes for p in (range_plan(model, images), plan)]
+    assert each - one == held[1] - held[0] == 2 * 2 * 4 * 256
+
+
 def test_the_menu_is_unchanged(small: Case) -> None:
     from lampq_rt.adapters import describe
 
