@@ -23,13 +23,16 @@ LIBRARY = torch.library.Library("lampq", "DEF")
 _LINEAR = "Tensor x_q, Tensor w_q, Tensor scale, Tensor column, Tensor? bias"
 _HEADS = "int heads, Tensor out_inv_scale, int qk_bits, int v_bits) -> (Tensor, Tensor, Tensor)"
 _OUT = "float out_inv_scale, int out_zero_point, int out_bits, ScalarType dtype"
+_OUT_CHANNELS = "Tensor out_inv_scale, Tensor out_offset, int out_bits, ScalarType dtype"
 
 SCHEMAS = {
     "quantize": "(Tensor x, float inv_scale, int zero_point, int bits, ScalarType dtype) -> Tensor",
+    "quantize_channels": "(Tensor x, Tensor inv_scale, Tensor offset, int bits, ScalarType dtype) -> Tensor",
     "layernorm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, float inv_scale, int zero_point, "
     "int bits, ScalarType dtype) -> Tensor",
     "linear_float": f"({_LINEAR}, str activation, ScalarType dtype) -> Tensor",
     "linear_requant": f"({_LINEAR}, str activation, {_OUT}) -> Tensor",
+    "linear_requant_channels": f"({_LINEAR}, str activation, {_OUT_CHANNELS}) -> Tensor",
     "linear_residual": f"(Tensor(a!) x, {_LINEAR}) -> ()",
     "linear_residual_layernorm": f"(Tensor(a!) x, {_LINEAR}, Tensor? norm_weight, Tensor? norm_bias, float eps, "
     "float inv_scale, int zero_point, int bits, ScalarType dtype) -> Tensor",
@@ -87,9 +90,11 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_same,
+    "quantize_channels": _fake_same,
     "layernorm_quantize": _fake_same,
     "linear_float": _fake_linear,
     "linear_requant": _fake_linear,
+    "linear_requant_channels": _fake_linear,
     "linear_residual": _fake_residual,
     "linear_residual_layernorm": _fake_same,
     "linear_qkv": _fake_qkv,

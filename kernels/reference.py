@@ -98,6 +98,19 @@ def quantize(x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: tor
     return store_codes(round_codes(x.float(), inv_scale, zero_point, *code_range(bits)), dtype)
 
 
+def quantize_channels(x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """`quantize` with a step and an offset a channel (docs/numerics.md, "Steps by channel").
+
+    Args:
+        x: floating point [..., K].
+        inv_scale: fp32 [K], 1/step of each channel.
+        offset: fp32 [K], the zero-point of each channel; any real number.
+        bits: 2..8.
+        dtype: container of the codes [..., K].
+    """
+    return store_codes(round_codes(x.float(), inv_scale, offset, *code_range(bits)), dtype)
+
+
 def layernorm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -151,6 +164,23 @@ def linear_requant(
     """Codes of `linear`, [..., N]."""
     y = linear(x_q, w_q, scale, column, bias, activation)
     return quantize(y, out_inv_scale, out_zero_point, out_bits, dtype)
+
+
+def linear_requant_channels(
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_inv_scale: Tensor,
+    out_offset: Tensor,
+    out_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes of `linear`, [..., N], each output channel with its own step: `quantize_channels` says how."""
+    y = linear(x_q, w_q, scale, column, bias, activation)
+    return quantize_channels(y, out_inv_scale, out_offset, out_bits, dtype)
 
 
 def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None) -> None:

@@ -18,7 +18,14 @@ Formats = Mapping[str, Format]
 """One choice for a site: a format per operand."""
 
 
-def formats(kind: Kind, bits: int, *, input_bits: int | None = None, p_scheme: str = "rowmax") -> dict[str, Format]:
+def formats(
+    kind: Kind,
+    bits: int,
+    *,
+    input_bits: int | None = None,
+    p_scheme: str = "rowmax",
+    input_granularity: str = "tensor",
+) -> dict[str, Format]:
     """The formats of a site of that kind at a width: weight and input share it (LampQ), as do a matmul's two operands.
 
     Args:
@@ -26,9 +33,11 @@ def formats(kind: Kind, bits: int, *, input_bits: int | None = None, p_scheme: s
         bits: 2..8, or 16 for floating point.
         input_bits: width of a linear's input where it differs from the weight's. A patch embedding's is 8 by default.
         p_scheme: of softmax output: "rowmax", or "log2", which has at most 4 bits.
+        input_granularity: of a linear's input: "tensor", or "channel", which fc2 has alone: GELU of fc1 makes its
+            codes, where a step a column costs nothing.
 
     Raises:
-        FormatError: no such scheme of softmax output, or not at that width.
+        FormatError: no such scheme of softmax output, or not at that width; no such granularity at that kind.
     """
     if bits == FLOAT_BITS:
         operands = {Kind.QK: ("q", "k"), Kind.PV: ("p", "v")}.get(kind, ("weight", "input"))
@@ -37,11 +46,14 @@ def formats(kind: Kind, bits: int, *, input_bits: int | None = None, p_scheme: s
         return dict.fromkeys(("q", "k"), Format(bits, "uniform", "head", True))
     if kind is Kind.PV:
         return {"p": _softmax_format(bits, p_scheme), "v": Format(bits, "uniform", "head", True)}
+    if input_granularity not in (("tensor", "channel") if kind is Kind.FC2 else ("tensor",)):
+        allowed = "tensor, channel" if kind is Kind.FC2 else "tensor (channel at fc2 only)"
+        raise FormatError(f"granularity {input_granularity!r} of the input of a {kind}; allowed: {allowed}")
     if input_bits is None:
         input_bits = 8 if kind is Kind.PATCH_EMBED else bits
     return {
         "weight": Format(bits, "uniform", "channel", True),
-        "input": Format(input_bits, "uniform", "tensor", False),
+        "input": Format(input_bits, "uniform", input_granularity, False),
     }
 
 
@@ -79,12 +91,16 @@ def check_formats(site: Site, chosen: Formats) -> None:
         return
     for operand, came in chosen.items():
         p_scheme = came.scheme if operand == "p" and came.scheme in SOFTMAX_SCHEMES else "rowmax"
+        granularity = came.granularity if operand == "input" else "tensor"
         try:
-            allowed = formats(site.kind, came.bits, input_bits=came.bits, p_scheme=p_scheme)[operand]
+            allowed = formats(
+                site.kind, came.bits, input_bits=came.bits, p_scheme=p_scheme, input_granularity=granularity
+            )[operand]
         except FormatError as error:
             raise FormatError(f"{site.name}: {operand} is {came}; {error}") from None
         same_up_to_zero_point = Format(came.bits, came.scheme, came.granularity, allowed.symmetric) == allowed
-        if not same_up_to_zero_point or (came.symmetric != allowed.symmetric and operand != "input"):
+        fixed = operand != "input" or granularity == "channel"  # channels always have zero-points
+        if not same_up_to_zero_point or (came.symmetric != allowed.symmetric and fixed):
             raise FormatError(f"{site.name}: {operand} is {came}; this runtime executes {allowed} there")
     if site.kind is Kind.QK and chosen["q"] != chosen["k"]:
         raise FormatError(f"{site.name}: q is {chosen['q']} and k is {chosen['k']}; both must share one format")

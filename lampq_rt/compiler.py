@@ -15,7 +15,7 @@ from lampq_rt.edits import edited
 from lampq_rt.errors import PlanError
 from lampq_rt.plan import Plan
 from lampq_rt.runner import GraphRunner, l2_bytes, micro_batch_for
-from lampq_rt.sites import Description
+from lampq_rt.sites import Description, Site
 
 BACKENDS = ("native", "reference", "triton")
 """`native` runs the device's kernels; `reference` the plain-torch truth, for tests and doubts; `triton` the GPU's
@@ -182,23 +182,23 @@ def check_sites(description: Description, plan: Plan) -> None:
                 f"site {name!r} is a {site.kind} in {description.architecture}, a {params.kind} in the plan"
             )
         backends.check_formats(site, params.formats)
-        _check_tensors(name, site.out_features, site.in_features, site.heads, plan)
+        _check_tensors(site, plan)
     for name, site in known.items():
         if site.is_matmul and plan.sites[name].is_float != plan.sites[f"blocks.{site.block}.attn.qk"].is_float:
             raise PlanError(f"site {name!r}: qk and pv of one block must both be integer, or both in floating point")
 
 
-def _check_tensors(name: str, out_features: int, in_features: int, heads: int, plan: Plan) -> None:
-    params = plan.sites[name]
+def _check_tensors(site: Site, plan: Plan) -> None:
+    name, params = site.name, plan.sites[site.name]
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for operand, fmt in params.formats.items():
         if not fmt.has_steps:
             continue
-        shape = {"channel": (out_features,), "head": (heads,), "tensor": ()}[fmt.granularity]
+        shape = site.step_shape(operand, fmt.granularity)
         wanted[f"{operand}.scale"] = (torch.float32, shape)
         if not fmt.symmetric:
-            wanted[f"{operand}.zero_point"] = (torch.int32, ())
-    optional = {"weight.codes": (torch.int8, (out_features, in_features))}
+            wanted[f"{operand}.zero_point"] = (torch.float32 if shape else torch.int32, shape)
+    optional = {"weight.codes": (torch.int8, (site.out_features, site.in_features))}
     for key in wanted:
         if key not in params.tensors:
             raise PlanError(f"site {name!r}: the plan lacks the tensor {key}")
@@ -212,6 +212,8 @@ def _check_tensors(name: str, out_features: int, in_features: int, heads: int, p
             )
         if key.endswith(".scale") and not bool(((tensor > 0) & tensor.isfinite()).all()):
             raise PlanError(f"site {name!r}: {key} must be positive and finite")
+        if key.endswith(".zero_point") and not bool(tensor.isfinite().all()):
+            raise PlanError(f"site {name!r}: {key} must be finite")
 
 
 def compile(  # noqa: A001

@@ -28,7 +28,8 @@ class Format:
         scheme: name of the quantizer (`lampq_rt.quantizers`): "uniform"; "rowmax" for softmax output whose row maximum
             has the top code, "log2" for softmax output in powers of two (docs/numerics.md, rule 7); "float" for 16
             bits.
-        granularity: what shares one step: "tensor", "head", "channel" (output channel of a weight) or "row".
+        granularity: what shares one step: "tensor", "head", "channel" (output channel of a weight; input channel of
+            fc2, docs/numerics.md) or "row".
         symmetric: True where the zero-point is 0.
     """
 

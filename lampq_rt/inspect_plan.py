@@ -13,9 +13,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lampq_rt import files
+from lampq_rt import channels, files
 from lampq_rt.errors import PlanError
-from lampq_rt.formats import FLOAT_BITS
+from lampq_rt.formats import FLOAT_BITS, Format
 from lampq_rt.kernels.packing import container_bytes, packed_bytes
 from lampq_rt.plan import Plan, SiteParams
 from lampq_rt.sites import BLOCK_LINEARS, Kind
@@ -47,7 +47,7 @@ class Layer:
     Attributes:
         name, kind, block: as the site's; `block` is None outside the blocks.
         bits: of its weight, or of its wider operand for a matmul.
-        formats: short text by operand ("4", "8 +zp").
+        formats: short text by operand ("4", "8 +zp", "8 by channel").
         params: elements of the weight.
         memory_bytes: its codes in memory, in their container; 4 bytes an element in floating point.
         disk_bytes: its codes packed at exactly their width.
@@ -194,19 +194,27 @@ def check_plot(path: Path) -> None:
         raise PlanError(f"cannot plot to {path}: its name must end in {', '.join(PLOT_SUFFIXES)}")
 
 
+def _format_text(operand: str, fmt: Format) -> str:
+    if operand == "input" and fmt.granularity == "channel":
+        return f"{fmt.bits} by channel"
+    return f"{fmt.bits}" + ("" if fmt.symmetric else " +zp")
+
+
 def _layer(name: str, params: SiteParams, score: Any) -> Layer:
     block = re.match(r"blocks\.(\d+)\.", name)
     memory = disk = FLOAT_BYTES * params.params
     scale = params.tensors.get("weight.scale")
     if scale is not None and params.params:
         memory = container_bytes(scale.numel(), params.params // scale.numel(), params.bits)
+        if channels.by_channel(params):
+            memory += sum(t.numel() * t.element_size() for t in channels.vectors(params) if t is not None)
         disk = packed_bytes(params.params, params.bits)
     return Layer(
         name=name,
         kind=str(params.kind),
         block=int(block[1]) if block else None,
         bits=params.bits,
-        formats={o: f"{f.bits}" + ("" if f.symmetric else " +zp") for o, f in params.formats.items()},
+        formats={operand: _format_text(operand, fmt) for operand, fmt in params.formats.items()},
         params=params.params,
         memory_bytes=memory,
         disk_bytes=disk,

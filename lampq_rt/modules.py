@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lampq_rt import channels
 from lampq_rt.formats import FLOAT_BITS
 from lampq_rt.kernels import packing, reference
 from lampq_rt.kernels.ops import ops
@@ -23,9 +24,11 @@ from lampq_rt.quantizers import QUANTIZERS
 class Step:
     """How one activation tensor is quantised: numbers only, so that tracing sees constants.
 
+    Where the step is one a channel, the `IntegerLinear` that reads the codes holds it (`IntegerLinear.vectors`).
+
     Attributes:
-        inv_scale: fp32(1 / scale), as a Python float.
-        zero_point: of the signed code.
+        inv_scale: fp32(1 / scale), as a Python float; 1 where a channel has its own.
+        zero_point: of the signed code; 0 where a channel has its own.
         bits: 2..8; 16 for floating point.
         packs: True where a GPU may store two codes a byte.
     """
@@ -41,9 +44,11 @@ class Step:
         fmt = params.formats[operand]
         if fmt.is_float:
             return FLOAT_STEP
+        packs = fmt.bits <= 4 and width > 0 and width % reference.NIBBLE_GROUP == 0
+        if operand == "input" and channels.by_channel(params):
+            return cls(1.0, 0, fmt.bits, packs)
         zero_point = params.tensors.get(f"{operand}.zero_point")
         inv_scale = params.tensors[f"{operand}.scale"].reciprocal()
-        packs = fmt.bits <= 4 and width > 0 and width % reference.NIBBLE_GROUP == 0
         return cls(float(inv_scale), 0 if zero_point is None else int(zero_point), fmt.bits, packs)
 
     def container(self, x: Tensor, backend: str) -> torch.dtype:
@@ -55,9 +60,15 @@ class Step:
 
 FLOAT_STEP = Step(1.0, 0, FLOAT_BITS)
 
+Vectors = tuple[Tensor, Tensor]
+"""fp32 [K] twice: 1/step and zero-point of every channel of a linear's input."""
+
 
 class IntegerLinear(nn.Module):
     """A linear on codes. Buffers are those of design rule 5: y = (acc + column) * scale + bias.
+
+    Where the plan gives every channel of its input a step (`channels`), `input_inv_scale` and `input_offset` are
+    fp32 [K], which whoever makes the codes takes from here; else None.
 
     Args:
         weight: fp32 [N, K].
@@ -71,6 +82,8 @@ class IntegerLinear(nn.Module):
     scale: Tensor
     column: Tensor
     bias: Tensor | None
+    input_inv_scale: Tensor | None
+    input_offset: Tensor | None
 
     def __init__(
         self,
@@ -90,26 +103,56 @@ class IntegerLinear(nn.Module):
         self.register_buffer("w_q", packing.weight_container(codes, self.w_bits))
         self.register_buffer("scale", product_scale(params, weight.device, gamma))
         self.register_buffer("column", reference.column_constant(codes, self.input.zero_point))
-        if bias is not None:
+        if channels.by_channel(params):
+            bias = channels.folded_bias(bias, codes, params, gamma)
+        elif bias is not None:
             bias = bias.detach().float()
             bias = bias.clone() if gamma is None else bias * gamma.detach().float()
         self.register_buffer("bias", bias)
+        inv_scale, offset = channels.vectors(params)
+        self.register_buffer("input_inv_scale", inv_scale)
+        self.register_buffer("input_offset", offset)
+
+    @property
+    def vectors(self) -> Vectors | None:
+        """What makes codes for this linear beside `input`; None where it has one step for all channels."""
+        if self.input_inv_scale is None or self.input_offset is None:
+            return None
+        return self.input_inv_scale, self.input_offset
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of floating-point `x` in this linear's input format."""
         step = self.input
+        if self.vectors is not None:
+            return ops(self.backend).quantize_channels(x, *self.vectors, step.bits, step.container(x, self.backend))
         return ops(self.backend).quantize(
             x, step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend)
         )
 
-    def to_codes(self, x_q: Tensor, out: Step, activation: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes [..., N] for the next op, or `dtype` where `out` is floating point."""
+    def to_codes(
+        self,
+        x_q: Tensor,
+        out: Step,
+        activation: str,
+        dtype: torch.dtype = torch.float32,
+        vectors: Vectors | None = None,
+    ) -> Tensor:
+        """Codes [..., N] for the next op, or `dtype` where `out` is floating point.
+
+        Args:
+            x_q: codes [..., K].
+            out: format of the result.
+            activation: "none" or "gelu".
+            dtype: of a floating-point result.
+            vectors: of the linear that reads the codes, where it has a step a channel.
+        """
         args = (x_q, self.w_q, self.scale, self.column, self.bias, activation)
         if out.bits == FLOAT_BITS:
             return ops(self.backend).linear_float(*args, dtype)
-        return ops(self.backend).linear_requant(
-            *args, out.inv_scale, out.zero_point, out.bits, out.container(x_q, self.backend)
-        )
+        tail = (out.bits, out.container(x_q, self.backend))
+        if vectors is not None:
+            return ops(self.backend).linear_requant_channels(*args, *vectors, *tail)
+        return ops(self.backend).linear_requant(*args, out.inv_scale, out.zero_point, *tail)
 
     def to_float(self, x_q: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[..., N] in `dtype`."""
@@ -126,7 +169,9 @@ class IntegerLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """For print(model)."""
-        return f"{self.in_features}, {self.out_features}, weight={self.w_bits} bits, input={self.input.bits} bits"
+        steps = "" if self.vectors is None else " by channel"
+        widths = f"weight={self.w_bits} bits, input={self.input.bits} bits{steps}"
+        return f"{self.in_features}, {self.out_features}, {widths}"
 
 
 class QuantizingNorm(nn.Module):
@@ -256,12 +301,18 @@ def weight_codes(weight: Tensor, params: SiteParams) -> Tensor:
     if given is not None:
         return given.to(weight.device)
     fmt, scale = params.formats["weight"], params.tensors["weight.scale"].to(weight.device)
+    weight = channels.scaled_weight(weight, params)
     return QUANTIZERS.get(fmt.scheme).quantize(weight, scale[:, None], None, fmt.bits, weight=True).to(torch.int8)
 
 
 def product_scale(params: SiteParams, device: torch.device, gamma: Tensor | None = None) -> Tensor:
-    """fp32 [N]: step of the input times steps of the weight (times LayerScale), rounded once (rule 5)."""
-    product = params.tensors["input.scale"].double() * params.tensors["weight.scale"].double()
+    """fp32 [N]: step of the input times steps of the weight (times LayerScale), rounded once (rule 5).
+
+    Steps by channel are in the weight already.
+    """
+    product = params.tensors["weight.scale"].double()
+    if not channels.by_channel(params):
+        product = product * params.tensors["input.scale"].double()
     product = product.to(device)
     return (product if gamma is None else product * gamma.detach().double()).float()
 

@@ -114,8 +114,10 @@ class MlpPart(Part):
         if not isinstance(self.fc1, IntegerLinear):
             hidden = self.act(self.fc1(normed))
         elif self.fused:
-            step = self.fc2.input if isinstance(self.fc2, IntegerLinear) else FLOAT_STEP
-            hidden = self.fc1.to_codes(normed, step, "gelu", dtype)
+            step, vectors = FLOAT_STEP, None
+            if isinstance(self.fc2, IntegerLinear):
+                step, vectors = self.fc2.input, self.fc2.vectors
+            hidden = self.fc1.to_codes(normed, step, "gelu", dtype, vectors)
             return _add_linear(x, self.fc2, self.scale, hidden, follower, out_is_float=False)
         else:
             if isinstance(self.fc2, IntegerLinear):

@@ -45,8 +45,11 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+){0,15}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-_Wanted = tuple[torch.dtype, int, tuple[int, int] | None]
-"""dtype, number of dimensions, smallest and largest code (None for steps)."""
+_Wanted = tuple[torch.dtype, int, tuple[float, float] | None]
+"""dtype, number of dimensions, smallest and largest value (None for steps)."""
+
+_FINITE = (-math.inf, math.inf)
+"""The range of zero-points of channels, which are real numbers."""
 
 
 def save(plan: Plan, path: str | Path) -> None:
@@ -233,19 +236,25 @@ def _wanted_tensors(formats: Mapping[str, Format]) -> dict[str, _Wanted]:
         if not fmt.has_steps:
             continue
         wanted[f"{operand}.scale"] = (torch.float32, 0 if fmt.granularity == "tensor" else 1, None)
-        if not fmt.symmetric:
+        if not fmt.symmetric and operand == "input" and fmt.granularity == "channel":
+            wanted[f"{operand}.zero_point"] = (torch.float32, 1, _FINITE)
+        elif not fmt.symmetric:
             wanted[f"{operand}.zero_point"] = (torch.int32, 0, reference.code_range(fmt.bits))
         if operand == "weight":
             wanted["weight.codes"] = (torch.int8, 2, reference.code_range(fmt.bits, weight=True))
     return wanted
 
 
-def _check_tensor(tensor: Tensor, dtype: torch.dtype, dims: int, codes: tuple[int, int] | None, path: str) -> None:
+def _check_tensor(tensor: Tensor, dtype: torch.dtype, dims: int, codes: tuple[float, float] | None, path: str) -> None:
     if tensor.dtype != dtype or tensor.dim() != dims or tensor.numel() == 0:
         came = f"{tensor.dtype} {list(tensor.shape)}"
         raise PlanError(f"{path}: expected {dtype} with {dims} dimensions and something in it, got {came}")
     if codes is None and not bool(((tensor > 0) & tensor.isfinite()).all()):
         raise PlanError(f"{path}: steps must be positive and finite")
+    if codes == _FINITE:
+        if not bool(tensor.isfinite().all()):
+            raise PlanError(f"{path}: zero-points must be finite")
+        return
     if codes is not None and not codes[0] <= int(tensor.min()) <= int(tensor.max()) <= codes[1]:
         came = f"{int(tensor.min())}..{int(tensor.max())}"
         raise PlanError(f"{path}: codes of this format lie in {codes[0]}..{codes[1]}, got {came}")
@@ -367,8 +376,8 @@ def _tensor_difference(key: str, a: Tensor | None, b: Tensor | None) -> str | No
         return None
     if key.endswith(".scale"):
         return f"{key} changed by up to {100 * float((b.cpu() / a.cpu() - 1).abs().max()):.3g} %"
-    if a.is_floating_point():
-        return f"{key} changed by up to {float((b.cpu() - a.cpu()).abs().max()):.3g}"
+    if a.is_floating_point():  # zero-points of channels, in steps; edits
+        return f"{key} moved by up to {float((b.cpu() - a.cpu()).abs().max()):.3g}"
     if a.numel() == 1:
         return f"{key} {int(a)} -> {int(b)}"
     return f"{key}: {int((a.cpu() != b.cpu()).sum())} of {a.numel()} codes differ"

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lampq_rt import channels
 from lampq_rt.edits import edited
 from lampq_rt.plan import Plan, SiteParams
 from lampq_rt.quantizers import QUANTIZERS
@@ -109,11 +110,13 @@ def quantized_weight(weight: Tensor, params: SiteParams) -> Tensor:
     """`weight` [N, ...] at its plan's format, dequantised, same shape. Uses the plan's codes where it holds them."""
     fmt, scale = params.formats["weight"], params.tensors["weight.scale"].to(weight.device)
     quantizer = QUANTIZERS.get(fmt.scheme)
-    rows = weight.flatten(1)
     codes = params.tensors.get("weight.codes")
     if codes is not None:
-        return quantizer.dequantize(codes.to(weight.device), scale[:, None], None).view_as(weight)
-    return quantizer.fake_quantize(rows, scale[:, None], None, fmt.bits, weight=True).view_as(weight)
+        rows = quantizer.dequantize(codes.to(weight.device), scale[:, None], None)
+    else:
+        rows = channels.scaled_weight(weight.flatten(1), params)
+        rows = quantizer.fake_quantize(rows, scale[:, None], None, fmt.bits, weight=True)
+    return channels.unscaled_weight(rows, params).view_as(weight)
 
 
 class Simulation(nn.Module):

@@ -63,6 +63,11 @@ class Site:
         """Names of the two operands, as in keys of plans."""
         return OPERANDS.get(self.kind, ("weight", "input"))
 
+    def step_shape(self, operand: str, granularity: str) -> tuple[int, ...]:
+        """Shape of the steps of an operand that a plan holds; KeyError for a granularity that has none ("row")."""
+        channels = self.in_features if operand == "input" else self.out_features
+        return {"channel": (channels,), "head": (self.heads,), "tensor": ()}[granularity]
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates per image."""

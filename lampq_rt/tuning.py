@@ -123,10 +123,9 @@ def _stand_in(site: Site, weight_bits: int, input_bits: int) -> SiteParams:
     """Formats of these widths with steps of one; the attention matmuls at 8 bits."""
     bits, width = (8, None) if site.is_matmul else (weight_bits, input_bits)
     formats = backends.formats(site.kind, bits, input_bits=8 if site.kind == "patch_embed" else width)
-    shapes = {"channel": (site.out_features,), "head": (site.heads,), "tensor": ()}
     tensors: Mapping[str, Tensor] = {
-        f"{operand}.scale": torch.ones(shapes[fmt.granularity])
+        f"{operand}.scale": torch.ones(site.step_shape(operand, fmt.granularity))
         for operand, fmt in formats.items()
-        if fmt.granularity in shapes
+        if fmt.has_steps
     }
     return SiteParams(site.kind, formats, tensors, site.params)

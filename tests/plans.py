@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lampq_rt.formats import Format
+from lampq_rt.kernels.reference import code_range
 from lampq_rt.plan import Plan
+from lampq_rt.simulate import Simulation
 from lampq_rt.sites import Kind
 from lampq_rt.standin import stand_in_plan
 
@@ -45,6 +48,33 @@ def tiny_vit(**changes: object) -> nn.Module:
 def range_plan(model: nn.Module, images: Tensor, bits: dict[str, int] | int = 8) -> Plan:
     """A plan with min-max steps; `bits` for all sites, or by kind ("qkv", "pv", "head", "default")."""
     return stand_in_plan(model, images, bits)
+
+
+def channel_plan(model: nn.Module, plan: Plan, images: Tensor) -> Plan:
+    """`plan` with min-max steps by channel before every integer fc2, of what enters it in floating point."""
+    simulation = Simulation(model)
+    chosen = {name: p for name, p in plan.sites.items() if p.kind is Kind.FC2 and not p.is_float}
+    seen: dict[str, Tensor] = {}
+    for name in chosen:
+        hook = partial(seen.__setitem__, name)
+        simulation.module(name).register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0].flatten(0, -2)))
+    with torch.inference_mode():
+        simulation(images)
+    sites = {}
+    for name, params in chosen.items():
+        input_bits, weight_bits = (params.formats[operand].bits for operand in ("input", "weight"))
+        low, high = seen[name].amin(0), seen[name].amax(0)
+        bottom, top = code_range(input_bits)
+        scale = (high - low).clamp(min=1e-4) / (top - bottom)
+        scaled = model.get_submodule(name).weight.detach() * scale
+        tensors = {
+            "input.scale": scale,
+            "input.zero_point": bottom - low / scale,
+            "weight.scale": scaled.abs().amax(1) / code_range(weight_bits, weight=True)[1],
+        }
+        formats = {**params.formats, "input": Format(input_bits, "uniform", "channel", False)}
+        sites[name] = replace(params, formats=formats, tensors={key: t.clone() for key, t in tensors.items()})
+    return plan.with_sites(sites)
 
 
 def log2_plan(plan: Plan, bits: int) -> Plan:

@@ -59,6 +59,20 @@ def test_quantize_is_exact_also_on_ties_and_beyond_the_range(bits: int, dtype: t
         assert torch.equal(NATIVE.quantize(*args), REFERENCE.quantize(*args))
 
 
+@pytest.mark.parametrize("dtype", [*CONTAINERS, reference.INT4])
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
+def test_quantize_by_channel_is_exact_also_on_ties_and_beyond_the_range(bits: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(bits)
+    ties, offset = torch.arange(-140, 141)[:, None] + 0.5, torch.randint(-30, 30, (64,)).float()
+    inv_scale = 2.0 ** torch.randint(-3, 4, (64,))
+    bits = min(bits, 4) if dtype == reference.INT4 else bits
+    for x, real in ((ties / inv_scale, 0.0), (torch.randn(3, 67, 64) * 60, 0.25), (torch.randn(5, 64).half(), -1e30)):
+        args = (x, inv_scale, offset + real, bits, dtype)
+        assert torch.equal(NATIVE.quantize_channels(*args), REFERENCE.quantize_channels(*args))
+    same = (torch.full((64,), 3.0), torch.full((64,), -7.0), bits, dtype)  # equal channels are one step for all
+    assert torch.equal(NATIVE.quantize_channels(x, *same), REFERENCE.quantize(x, 3.0, -7, bits, dtype))
+
+
 def test_quantize_rounds_half_to_even_and_saturates() -> None:
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 127.6, 400.0, -128.5, -400.0])
     expected = torch.tensor([0, 2, 2, 0, -2, 127, 127, -128, -128], dtype=torch.int8)
@@ -105,15 +119,16 @@ def test_linears(shape: tuple[int, int, int], packed: bool, products: str) -> No
     x_q, w_q, scale, column, bias = linear_case(*shape, bits=4 if packed else 8)
     stored = reference.pack_int4(w_q) if packed else w_q
     exact = products == "linear.cpp" and linear.serves(stored)
+    channels = (torch.rand(shape[2]) * 60 + 1, torch.randn(shape[2]) * 20)
     for b in (bias, None):
         args = (x_q, stored, scale, column, b)
         for activation, rate in (("none", 0.0 if exact else 1e-3), ("gelu", 1e-3 if exact else 2e-2)):
             for bits in (8, 5, 4):
-                tail = (activation, 30.0, -9, bits)
                 for dtype in CONTAINERS:
-                    assert_codes(
-                        NATIVE.linear_requant(*args, *tail, dtype), REFERENCE.linear_requant(*args, *tail, dtype), rate
-                    )
+                    one = (*args, activation, 30.0, -9, bits, dtype)
+                    assert_codes(NATIVE.linear_requant(*one), REFERENCE.linear_requant(*one), rate)
+                    each = (*args, activation, *channels, bits, dtype)
+                    assert_codes(NATIVE.linear_requant_channels(*each), REFERENCE.linear_requant_channels(*each), rate)
             came = NATIVE.linear_float(*args, activation, torch.float32)
             torch.testing.assert_close(
                 came, REFERENCE.linear_float(*args, activation, torch.float32), rtol=1e-5, atol=1e-5
@@ -286,9 +301,11 @@ def test_every_op_passes_opcheck() -> None:
     steps = torch.full((96,), 20.0)
     samples = {
         "quantize": (torch.randn(3, 5), 2.0, 1, 8, torch.uint8),
+        "quantize_channels": (torch.randn(3, 96), steps, steps, 8, torch.uint8),
         "layernorm_quantize": (torch.randn(3, 64), None, None, 1e-6, 2.0, 1, 8, torch.uint8),
         "linear_float": (*linear, "gelu", torch.float32),
         "linear_requant": (*linear, "gelu", 2.0, 0, 8, torch.uint8),
+        "linear_requant_channels": (*linear, "gelu", steps, steps, 8, torch.uint8),
         "linear_residual": (torch.randn(2, 37, 96), *linear),
         "linear_residual_layernorm": (torch.randn(2, 37, 96), *linear, None, None, 1e-6, 2.0, 1, 8, torch.uint8),
         "linear_qkv": (*linear, 2, steps, 8, 8),

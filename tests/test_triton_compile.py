@@ -29,7 +29,7 @@ ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100", "gfx942")
 
 LARGE = configs.LinearConfig()
 SMALL = configs.LinearConfig(64, 64, 128, warps=4, stages=4)
-COLUMNS = {"requant": 3072, "gelu": 3072, "residual": 768, "float": 768, "heads": 2304}
+COLUMNS = {"requant": 3072, "gelu": 3072, "channels": 3072, "residual": 768, "float": 768, "heads": 2304}
 """Of ViT-Base's linears, by epilogue."""
 
 
@@ -50,8 +50,11 @@ def check(launch: offline.Launch, *, matrix: bool = True, load: int = 16, store:
 def linear_launch(
     arch: str, epilogue: str, config: configs.LinearConfig, a_bits: int = 8, w_bits: int = 8, heads: int = 12
 ) -> offline.Launch:
-    """A linear of ViT-Base (with 12 heads) at batch 64; "gelu" packs its codes where its input is packed."""
-    gelu = epilogue == "gelu"
+    """A linear of ViT-Base (with 12 heads) at batch 64; "gelu" packs its codes where its input is packed.
+
+    "channels" is "gelu" with a step a column.
+    """
+    gelu = epilogue in ("gelu", "channels")
     width, n, m = 64 * heads, COLUMNS[epilogue] * heads // 12, 64 * 197
 
     def empty(*shape: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
@@ -65,9 +68,11 @@ def linear_launch(
     out = empty(m, n, dtype=torch.float16 if epilogue in ("float", "residual") else torch.int8)
     if gelu and a_bits == 4:
         options |= {"out_packed": True, "codes": (-8, 7)}
+    if epilogue == "channels":
+        options |= {"step": vector, "offset": vector}
     if epilogue == "heads":
         options |= {"k": out, "v": out, "step": vector, "layout": (64, 197, heads, 64)}
-    number = {"requant": 0, "gelu": 0, "float": 1, "residual": 2, "heads": 3}[epilogue]
+    number = {"requant": 0, "gelu": 0, "channels": 0, "float": 1, "residual": 2, "heads": 3}[epilogue]
     with offline.recording(arch) as launches:
         impl._launch_linear(triton.language.constexpr(number), x_q, w_q, vector, column, vector, out, **options)
     return launches[0]
@@ -89,7 +94,7 @@ def test_linear_int8(arch: str, epilogue: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
 @pytest.mark.parametrize("a_bits", [8, 4])
-@pytest.mark.parametrize("epilogue", ["gelu", "residual", "heads"])
+@pytest.mark.parametrize("epilogue", ["gelu", "channels", "residual", "heads"])
 def test_linear_int4(arch: str, a_bits: int, epilogue: str) -> None:
     check(linear_launch(arch, epilogue, small(arch), a_bits, 4), load=8, store=4)
 
@@ -240,7 +245,8 @@ def test_what_the_interpreter_runs_compiles(arch: str, group: str) -> None:
                     for _, args in cases.rows_cases(shape, bits) if fitting else ():
                         cases.in_one_kernel(args, fitting[0])
         if group == "models":
-            for model, plan, images in (*(cases.model_case(*case) for case in cases.MODELS), cases.deit_block()):
+            some = [*(cases.model_case(*c) for c in cases.MODELS), *(cases.channel_case(b) for b in cases.CHANNELS)]
+            for model, plan, images in (*some, cases.deit_block()):
                 lampq_rt.compile(model, plan, backend="triton")(images)
     assert launches
     for launch in {shape_of(launch): launch for launch in launches}.values():

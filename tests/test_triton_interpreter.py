@@ -50,19 +50,30 @@ def both(case: cases.Case) -> tuple[Any, Any]:
     return getattr(TRITON, name)(*args), getattr(reference, name)(*args)
 
 
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes and numbers full of garbage before the kernels write them."""
+    from lampq_rt.kernels.gpu import impl
+
+    empty = impl._empty
+    monkeypatch.setattr(impl, "_empty", lambda *args: empty(*args).fill_(85))
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("bits", "dtype"), cases.QUANTIZE)
 def test_quantize_and_layernorm(bits: int, dtype: torch.dtype) -> None:
     for case in cases.quantize_cases(bits, dtype):
         came, wanted = both(case)
-        assert_codes(came, wanted, 0.0 if case[0] == "quantize" else 1e-3)
+        assert_codes(came, wanted, 0.0 if case[0].startswith("quantize") else 1e-3)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", cases.LINEARS)
 @pytest.mark.parametrize("a_bits", cases.A_BITS)
 @pytest.mark.parametrize("w_bits", cases.W_BITS)
 def test_linears(shape: tuple[int, int, int], a_bits: int, w_bits: int) -> None:
     for name, args in cases.linear_cases(shape, a_bits, w_bits):
-        if name == "linear_requant":
+        if name.startswith("linear_requant"):
             assert_codes(*both((name, args)), 2e-2)
         elif name == "linear_float":
             torch.testing.assert_close(*both((name, args)), rtol=1e-3, atol=1e-3)
@@ -235,6 +246,11 @@ def assert_model(model: nn.Module, plan: Plan, images: Tensor) -> None:
 @pytest.mark.parametrize(("bits", "input_bits", "log2"), cases.MODELS)
 def test_a_whole_model_runs_on_the_triton_path(bits: cases.Bits, input_bits: int | None, log2: bool) -> None:
     assert_model(*cases.model_case(bits, input_bits, log2))
+
+
+@pytest.mark.parametrize("bits", cases.CHANNELS)
+def test_a_whole_model_with_steps_by_channel(bits: cases.Bits) -> None:
+    assert_model(*cases.channel_case(bits))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lampq_rt.kernels import reference
 from lampq_rt.plan import Plan
 from lampq_rt.standin import stand_in_plan
-from tests.plans import log2_plan, range_plan, tiny_vit
+from tests.plans import channel_plan, log2_plan, range_plan, tiny_vit
 
 Case = tuple[str, tuple[Any, ...]]
 """An op's name and its arguments, on the CPU."""
@@ -49,6 +49,8 @@ MODELS: tuple[tuple[Bits, int | None, bool], ...] = (
     ({"default": 5, "qkv": 4}, 4, False), (8, None, True), (4, None, True),
 )  # fmt: skip
 """(bits of every site or by kind, bits of the linears' inputs where they differ, P in powers of two)."""
+CHANNELS: tuple[Bits, ...] = (8, 4, {"default": 8, "fc1": 16})
+"""Bits of models whose fc2 have inputs by channel."""
 
 
 def codes(shape: tuple[int, ...], bits: int, *, weight: bool = False, seed: int = 0) -> Tensor:
@@ -62,6 +64,9 @@ def quantize_cases(bits: int, dtype: torch.dtype) -> Iterator[Case]:
     ties = torch.cat([torch.arange(-140, 140) + 0.5, torch.tensor([127.6, -128.5, 1e30, -1e30])])
     x = torch.cat([ties, torch.randn(5 * 192 - len(ties)) * 60]).view(5, 192)
     yield "quantize", (x, 1.0, 0, bits, dtype)
+    steps = 2.0 ** torch.randint(-2, 3, (192,))  # ties stay ties
+    for channels in ((steps, torch.arange(-96.0, 96.0)), (torch.rand(192) + 0.5, torch.randn(192) * 40)):
+        yield "quantize_channels", (x, *channels, bits, dtype)
     for width in NORM_WIDTHS:
         x = torch.randn(2, 7, width) * 4 + 1
         x[0, 0] = 3.0
@@ -87,7 +92,10 @@ def linear_cases(shape: tuple[int, int, int], a_bits: int, w_bits: int) -> Itera
     case = linear_case(shape, a_bits, w_bits)
     for activation in ("none", "gelu"):
         for bits, dtype in ((8, torch.int8), (4, torch.int4 if shape[2] % 64 == 0 else torch.int8)):
-            yield "linear_requant", (*case, activation, 30.0 if bits == 8 else 2.0, -2, bits, dtype)
+            step = 30.0 if bits == 8 else 2.0
+            yield "linear_requant", (*case, activation, step, -2, bits, dtype)
+            channels = ((torch.rand(shape[2]) + 0.5) * step, torch.randn(shape[2]) * 2)
+            yield "linear_requant_channels", (*case, activation, *channels, bits, dtype)
     for dtype in (torch.float32, torch.float16):
         yield "linear_float", (*case, "none", dtype)
         yield "linear_residual", (torch.randn(1, shape[0], shape[2]).to(dtype), *case)
@@ -158,6 +166,13 @@ def model_case(bits: Bits, input_bits: int | None, log2: bool) -> tuple[nn.Modul
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     plan = stand_in_plan(model, images, bits, input_bits=input_bits)
     return model, log2_plan(plan, 4) if log2 else plan, images
+
+
+def channel_case(bits: Bits) -> tuple[nn.Module, Plan, Tensor]:
+    """A tiny model, its plan with steps by channel before fc2, and two images."""
+    model = tiny_vit(init_values=0.5)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    return model, channel_plan(model, range_plan(model, images, bits), images), images
 
 
 def deit_block() -> tuple[nn.Module, Plan, Tensor]:

@@ -30,6 +30,8 @@ def cases() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         ties = torch.arange(-140, 140) + 0.5
         x = torch.cat([ties, torch.randn(2048 - len(ties)) * 60]).view(8, 256)
         yield f"quantize {bits}", "quantize", (x, 1.0, 0, bits, dtype)
+        channels = (2.0 ** torch.randint(-2, 3, (256,)), torch.randn(256) * 20)
+        yield f"quantize channels {bits}", "quantize_channels", (x, *channels, bits, dtype)
     for m, k, n in LINEARS:
         for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
             yield from _linear_cases(m, k, n, a_bits, w_bits)
@@ -45,8 +47,12 @@ def _linear_cases(m: int, k: int, n: int, a_bits: int, w_bits: int) -> Iterator[
     args, label = (*stored, scale, column, bias), f"{m}x{k}x{n} a{a_bits} w{w_bits}"
     for activation in ("none", "gelu"):
         yield f"requant {activation} {label}", "linear_requant", (*args, activation, 30.0, -2, 8, torch.int8)
+    inv_scale, offset = (torch.rand(n) + 0.5) * 30.0, torch.randn(n) * 20
+    name = "linear_requant_channels"
+    yield f"requant channels {label}", name, (*args, "gelu", inv_scale, offset, 8, torch.int8)
     if n % 64 == 0:
         yield f"requant packed {label}", "linear_requant", (*args, "gelu", 2.0, -2, 4, torch.int4)
+        yield f"requant channels packed {label}", name, (*args, "gelu", inv_scale / 15, offset / 15, 4, torch.int4)
     yield f"float {label}", "linear_float", (*args, "none", torch.float16)
     yield f"residual {label}", "linear_residual", (torch.randn(1, m, n).half(), *args)
     if n <= configs.MAX_ROW:

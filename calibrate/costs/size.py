@@ -19,6 +19,9 @@ FLOAT_BYTES = 4
 CHANNEL_BYTES = 8
 """Step (fp32) and column constant (int32) of each output channel of an integer linear."""
 
+VECTOR_BYTES = 8
+"""1/step and zero-point (fp32) of each input channel, where a linear's input has them by channel."""
+
 PACKED_BITS = 4
 
 DIGEST_BYTES = 32
@@ -44,7 +47,9 @@ class WeightBytes:
         if weight.is_float:
             return float(FLOAT_BYTES * site.params)
         packed = weight.bits <= PACKED_BITS and site.in_features % NIBBLE_GROUP == 0
-        return float((site.params + 1) // 2 if packed else site.params) + CHANNEL_BYTES * site.out_features
+        vectors = VECTOR_BYTES * site.in_features if formats["input"].granularity == "channel" else 0
+        codes = (site.params + 1) // 2 if packed else site.params
+        return float(codes + CHANNEL_BYTES * site.out_features + vectors)
 
     @staticmethod
     def _matmul(site: Site) -> float:

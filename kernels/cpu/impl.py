@@ -22,6 +22,11 @@ def quantize(x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: tor
     return native.quantize(lib, _fp32(x), inv_scale, zero_point, bits, dtype)
 
 
+def quantize_channels(x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """See `reference.quantize_channels`, which serves: no usual model runs it, since fc1 makes those codes itself."""
+    return reference.quantize_channels(x, inv_scale, offset, bits, dtype)
+
+
 def layernorm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -72,6 +77,28 @@ def linear_requant(
         low, high = reference.code_range(out_bits)
         y.clamp_(low + offset, high + offset)
     return y
+
+
+def linear_requant_channels(
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_inv_scale: Tensor,
+    out_offset: Tensor,
+    out_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.linear_requant_channels`. oneDNN's call has one zero-point and no steps behind a GELU: there
+    the codes are made after it.
+    """
+    if linear.serves(w_q):
+        weight = prepacked(linear.pack, w_q, scale, column, bias, out_inv_scale, out_offset)
+        return linear.to_codes(x_q, weight, activation, 1.0, 0, out_bits, dtype)
+    y = linear_float(x_q, w_q, scale, column, bias, activation, torch.float32)
+    return reference.quantize_channels(y, out_inv_scale, out_offset, out_bits, dtype)
 
 
 def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None) -> None:

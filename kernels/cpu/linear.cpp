@@ -42,6 +42,7 @@ struct Linear {
   const float* scale;     // [channels]
   const float* bias;      // [channels]
   const float* inverse;   // [channels] 1/step of each column, or null for codes.inv
+  const float* offset;    // [channels] zero-point of each column, or null for codes.zero_point
   int64_t rows, features, channels;
   int kind;
   bool gelu;
@@ -57,10 +58,15 @@ struct Linear {
   int64_t blocks() const { return (channels + kColumns - 1) / kColumns; }
 };
 
-inline __m512i to_codes(__m512 y, __m512 inverse, const Codes& c) {
-  const __m512 scaled = _mm512_add_ps(_mm512_mul_ps(y, inverse), _mm512_set1_ps(c.zero_point));
+inline __m512i to_codes(__m512 y, __m512 inverse, __m512 zero_point, const Codes& c) {
+  const __m512 scaled = _mm512_add_ps(_mm512_mul_ps(y, inverse), zero_point);
   const __m512 clamped = _mm512_min_ps(_mm512_max_ps(scaled, _mm512_set1_ps(c.low)), _mm512_set1_ps(c.high));
   return _mm512_add_epi32(_mm512_cvtps_epi32(clamped), _mm512_set1_epi32(c.offset));
+}
+
+// One number of each of 16 columns: from `each`, or the same for all where that is null.
+inline __m512 of_columns(const float* each, int64_t column, __mmask16 mask, float same) {
+  return each ? _mm512_maskz_loadu_ps(mask, each + column) : _mm512_set1_ps(same);
 }
 
 // What follows the sums of `rows` rows from `first` on in one block of columns.
@@ -72,16 +78,18 @@ void finish(const Linear& l, const int32_t* sums, int64_t first, int64_t rows, i
     const __mmask16 mask = left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
     const __m512 scale = _mm512_maskz_loadu_ps(mask, l.scale + column);
     const __m512 bias = _mm512_maskz_loadu_ps(mask, l.bias + column);
-    const __m512 inverse = kKind != kCodes  ? _mm512_setzero_ps()
-                           : l.inverse      ? _mm512_maskz_loadu_ps(mask, l.inverse + column)
-                                            : _mm512_set1_ps(l.codes.inv);
+    __m512 inverse, zero_point;  // of columns, not rows: loaded once a tile
+    if (kKind == kCodes) {
+      inverse = of_columns(l.inverse, column, mask, l.codes.inv);
+      zero_point = of_columns(l.offset, column, mask, l.codes.zero_point);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * kColumns + 16 * v));
       __m512 y = _mm512_add_ps(_mm512_mul_ps(sum, scale), bias);
       if (kGelu) y = gelu(y);
       const int64_t place = (first + r) * l.channels + column;
       if (kKind == kCodes) {
-        const __m128i bytes = _mm512_cvtepi32_epi8(to_codes(y, inverse, l.codes));
+        const __m128i bytes = _mm512_cvtepi32_epi8(to_codes(y, inverse, zero_point, l.codes));
         _mm_mask_storeu_epi8(static_cast<uint8_t*>(l.out) + place, mask, bytes);
       } else {
         float* out = static_cast<float*>(l.out) + place;
@@ -145,11 +153,11 @@ void lampq_pack_weight(const int8_t* weight, const int32_t* column, int64_t chan
 
 // See `Linear`; kind 0 fp32 out, 1 codes, 2 out += result in fp32, and then codes of its LayerNorm where norm_out is given.
 void lampq_linear(const uint8_t* x, const int32_t* weight, const int32_t* start, const float* scale, const float* bias,
-                  const float* inverse, int64_t rows, int64_t features, int64_t channels, int kind, int gelu, float inv,
-                  float zero_point, float low, float high, int offset, void* out, const float* norm_weight, const float* norm_bias,
-                  float eps, float norm_inv, float norm_zero_point, float norm_low, float norm_high, int norm_offset,
-                  uint8_t* norm_out, int threads) {
-  const Linear l{x, weight, start, scale, bias, inverse, rows, features, channels, kind, gelu != 0,
+                  const float* inverse, const float* zero_points, int64_t rows, int64_t features, int64_t channels, int kind, int gelu,
+                  float inv, float zero_point, float low, float high, int offset, void* out, const float* norm_weight,
+                  const float* norm_bias, float eps, float norm_inv, float norm_zero_point, float norm_low, float norm_high,
+                  int norm_offset, uint8_t* norm_out, int threads) {
+  const Linear l{x, weight, start, scale, bias, inverse, zero_points, rows, features, channels, kind, gelu != 0,
                  Codes{inv, zero_point, low, high, offset}, out, norm_weight, norm_bias, eps,
                  Codes{norm_inv, norm_zero_point, norm_low, norm_high, norm_offset}, norm_out};
   const int64_t tiles = (rows + kRows - 1) / kRows, blocks = l.blocks();

@@ -36,6 +36,7 @@ class Packed:
         scale: fp32 [N].
         bias: fp32 [N], zeros where there is none.
         inverse: fp32 [N] 1/step of every output channel, or None.
+        offset: fp32 [N] zero-point of every output channel, or None.
     """
 
     weight: Tensor
@@ -43,6 +44,7 @@ class Packed:
     scale: Tensor
     bias: Tensor
     inverse: Tensor | None
+    offset: Tensor | None
 
 
 def serves(w_q: Tensor) -> bool:
@@ -51,7 +53,14 @@ def serves(w_q: Tensor) -> bool:
     return whole_words and has_vnni() and not has_amx() and native.has_products()
 
 
-def pack(w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out_inv_scale: Tensor | None) -> Packed:
+def pack(
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    out_inv_scale: Tensor | None,
+    out_offset: Tensor | None,
+) -> Packed:
     """See `prepack.prepacked`."""
     dense = reference.dense_weight(w_q).contiguous()
     channels, features = dense.shape
@@ -62,14 +71,18 @@ def pack(w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out_in
         dense.data_ptr(), column.contiguous().data_ptr(), channels, features, weight.data_ptr(), start.data_ptr()
     )
     # Copies: the caller may change its buffers.
-    inverse = None if out_inv_scale is None else out_inv_scale.clone()
-    return Packed(weight, start, scale.clone(), torch.zeros_like(scale) if bias is None else bias.clone(), inverse)
+    inverse, offset = (None if t is None else t.clone() for t in (out_inv_scale, out_offset))
+    bias = torch.zeros_like(scale) if bias is None else bias.clone()
+    return Packed(weight, start, scale.clone(), bias, inverse, offset)
 
 
 def to_codes(
     x_q: Tensor, packed: Packed, activation: str, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype
 ) -> Tensor:
-    """Codes [..., N] in the int8 or uint8 container; with `packed.inverse`, by the channels' own steps."""
+    """Codes [..., N] in the int8 or uint8 container.
+
+    Steps and zero-points that `packed` holds for the channels (`inverse`, `offset`) go before the numbers given here.
+    """
     out = native.empty((*x_q.shape[:-1], len(packed.scale)), dtype)
     _run(x_q, packed, CODES, activation, native.code_arguments(inv_scale, zero_point, bits, dtype), out, NO_NORM)
     return out
@@ -122,9 +135,9 @@ def _run(
     features = x.shape[-1]
     native.call(
         _library(), "lampq_linear", program.keep(x).data_ptr(), packed.weight.data_ptr(), packed.start.data_ptr(),
-        packed.scale.data_ptr(), packed.bias.data_ptr(), native.at(packed.inverse), x.numel() // features, features,
-        len(packed.scale), kind, int(activation == "gelu"), *codes, program.keep(out).data_ptr(), *norm,
-        torch.get_num_threads(),
+        packed.scale.data_ptr(), packed.bias.data_ptr(), native.at(packed.inverse), native.at(packed.offset),
+        x.numel() // features, features, len(packed.scale), kind, int(activation == "gelu"), *codes,
+        program.keep(out).data_ptr(), *norm, torch.get_num_threads(),
     )  # fmt: skip
 
 

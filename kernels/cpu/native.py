@@ -44,7 +44,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "lampq_quantize": [_ptr, _ptr, _i64, *_CODES, _int],
     "lampq_layernorm_quantize": [_ptr, _ptr, _ptr, _ptr, _i64, _i64, _float, *_CODES, _int],
     "lampq_split_heads": [_ptr] * 4 + [_i64] * 5 + [_int] * 5,
-    "lampq_linear": [_ptr] * 6 + [_i64] * 3 + [_int] * 2 + _CODES + [_ptr] * 3 + [_float, *_CODES, _ptr, _int],
+    "lampq_linear": [_ptr] * 7 + [_i64] * 3 + [_int] * 2 + _CODES + [_ptr] * 3 + [_float, *_CODES, _ptr, _int],
     "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_float, _int, *_CODES, _int, _int],
     "lampq_pack_weight": [_ptr] * 2 + [_i64] * 2 + [_ptr] * 2,
     "lampq_run": [_ptr, _i64],

@@ -33,8 +33,16 @@ class Packed:
     bias: Tensor
 
 
-def pack(w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, out_inv_scale: Tensor | None) -> Packed:
+def pack(
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    out_inv_scale: Tensor | None,
+    out_offset: Tensor | None,
+) -> Packed:
     """See `prepack.prepacked`; steps of the output channels are folded into scale and bias."""
+    assert out_offset is None, "steps and offsets of channels do not go through oneDNN's call"
     dense = reference.dense_weight(w_q).contiguous()
     full_bias = column.double() * scale.double()
     if bias is not None:

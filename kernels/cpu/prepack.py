@@ -21,7 +21,7 @@ CACHE_ENTRIES = 1024
 """Repacked weights kept at once: enough for two ViT-giant models; the least recently used goes first."""
 
 P = TypeVar("P")
-Pack = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], P]
+Pack = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], P]
 """Repacks a weight; see `prepacked` for its arguments. The result has the repacked tensor as `.weight`."""
 
 
@@ -50,6 +50,7 @@ def prepacked(
     column: Tensor,
     bias: Tensor | None,
     out_inv_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
 ) -> P:
     """What `pack` makes of these buffers, from the cache or made now.
 
@@ -59,9 +60,10 @@ def prepacked(
         scale: fp32 [N].
         column: int32 [N].
         bias: fp32 [N] or None.
-        out_inv_scale: fp32 [N] where every output channel has a step of its own (qkv).
+        out_inv_scale: fp32 [N] where every output channel has a step of its own (qkv, and fc1 before such an fc2).
+        out_offset: fp32 [N] where it has a zero-point of its own, too.
     """
-    sources = (w_q, scale, column, bias, out_inv_scale)
+    sources = (w_q, scale, column, bias, out_inv_scale, out_offset)
     versions = tuple(_version(t) for t in sources)
     key = id(w_q)
     with _lock:

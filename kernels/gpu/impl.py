@@ -72,13 +72,31 @@ def _bytes(codes: Tensor) -> Tensor:
 
 def quantize(x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
     """See `reference.quantize`."""
+    return _launch_quantize(x, inv_scale, zero_point, None, bits, dtype)
+
+
+def quantize_channels(x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """See `reference.quantize_channels`."""
+    return _launch_quantize(x, 1.0, 0, (inv_scale, offset), bits, dtype)
+
+
+def _launch_quantize(
+    x: Tensor,
+    inv_scale: float,
+    zero_point: int,
+    channels: tuple[Tensor, Tensor] | None,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Start `quantize_kernel`; `channels` has 1/step and zero-point of each, in the place of the numbers."""
     x = x.contiguous()
     out = _empty(x, tuple(x.shape), dtype)
     low, high = reference.code_range(bits)
     block = 1024
     quantize_kernel[(triton.cdiv(x.numel(), block),)](
-        x, _bytes(out), x.numel(), inv_scale, float(zero_point), low, high, dtype == reference.INT4, _of(x)[2], block
-    )
+        x, _bytes(out), *(channels or (x, x)), x.numel(), x.shape[-1], inv_scale, float(zero_point),
+        channels is not None, low, high, dtype == reference.INT4, _of(x)[2], block,
+    )  # fmt: skip
     return out
 
 
@@ -141,16 +159,18 @@ def _launch_linear(
         tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
         split = config.split_k
     partial, locks = split_scratch(x_q, m * n, tiles) if split > 1 else (column, column)
+    channels = "offset" in options
     low, high = options.pop("codes", FULL)
     v_low, v_high = options.pop("v_codes", (low, high))
     linear_kernels.linear_kernel[(tiles, split)](
         _bytes(x_q), _bytes(w_q), scale, column, bias if bias is not None else scale, _bytes(out),
-        options.pop("k", out), options.pop("v", out), options.pop("step", scale), partial, locks,
+        options.pop("k", out), options.pop("v", out), options.pop("step", scale), options.pop("offset", scale),
+        partial, locks,
         m, n, k, tokens, padded, options.pop("inv_scale", 1.0), float(options.pop("zero_point", 0)),
         EPILOGUE=epilogue, GELU=options.pop("gelu", False), FAST_GELU=ptx, HAS_BIAS=bias is not None,
         LOW=low, HIGH=high, V_LOW=v_low, V_HIGH=v_high,
         A_PACKED=a_packed, B_PACKED=b_packed, OUT_PACKED=options.pop("out_packed", False),
-        HEADS_=heads, HEAD_DIM=head_dim, IMAGES=images,
+        CHANNELS=channels, HEADS_=heads, HEAD_DIM=head_dim, IMAGES=images,
         EVEN_K=k % (config.block_k * split) == 0, SPLIT_K=split, PTX=ptx,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
         num_warps=config.warps, num_stages=config.stages, **configs.register_limit(config, arch),
@@ -184,6 +204,27 @@ def linear_requant(
     _launch_linear(
         linear_kernels.REQUANT, x_q, w_q, scale, column, bias, out, gelu=activation == "gelu", inv_scale=out_inv_scale,
         zero_point=out_zero_point, codes=reference.code_range(out_bits), out_packed=dtype == reference.INT4,
+    )  # fmt: skip
+    return out
+
+
+def linear_requant_channels(
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_inv_scale: Tensor,
+    out_offset: Tensor,
+    out_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.linear_requant_channels`; tuned as `linear_requant`."""
+    out = _empty(x_q, (*x_q.shape[:-1], w_q.shape[0]), dtype)
+    _launch_linear(
+        linear_kernels.REQUANT, x_q, w_q, scale, column, bias, out, gelu=activation == "gelu", step=out_inv_scale,
+        offset=out_offset, codes=reference.code_range(out_bits), out_packed=dtype == reference.INT4,
     )  # fmt: skip
     return out
 

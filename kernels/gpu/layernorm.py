@@ -51,14 +51,21 @@ def layernorm_quantize_kernel(
 def quantize_kernel(
     x_ptr,  # floating point [count]
     out_ptr,  # int8 [count], or packed [count / 2]
-    count, inv_scale, zero_point,
+    step_ptr, offset_ptr,  # CHANNELS: fp32 [D], 1/step and zero-point of every channel
+    count, D, inv_scale, zero_point,
+    CHANNELS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, OUT_PACKED: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK consecutive values; packed output needs rows of a multiple of 64."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     places = first + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + places, mask=places < count, other=0.0).to(tl.float32)
-    codes = codes_int8(x, inv_scale, zero_point, LOW, HIGH, PTX)
+    if CHANNELS:
+        channels = places % D
+        step, offset = tl.load(step_ptr + channels), tl.load(offset_ptr + channels)
+        codes = codes_int8(x, step, offset, LOW, HIGH, PTX)
+    else:
+        codes = codes_int8(x, inv_scale, zero_point, LOW, HIGH, PTX)
     if OUT_PACKED:
         halves = first // 2 + tl.arange(0, BLOCK // 2)
         packed = tl.reshape(pack_nibbles(tl.reshape(codes, (1, BLOCK)), 1, BLOCK), (BLOCK // 2,))

@@ -3,6 +3,7 @@
 One kernel serves the int8 and the packed 4-bit container of either operand and four epilogues:
 
     REQUANT   scale, bias, [GELU], requantise, int8 or packed 4-bit out       fc1
+              (CHANNELS: every column with a step and an offset of its own)
     FLOAT     scale, bias, [GELU], floating point out                        patch embedding, head
     RESIDUAL  x += scale, bias, in place                                     proj, fc2
     HEADS     scale, bias, requantise per head; q, k by rows, v transposed    qkv
@@ -122,14 +123,15 @@ def linear_kernel(
     bias_ptr,  # fp32 [N], or any pointer where HAS_BIAS is false
     out_ptr,  # [M, N] codes or floating point; x [M, N] for RESIDUAL; q for HEADS
     k_ptr, v_ptr,  # HEADS: k [B, H, N, d] and v [B, H, d, N_pad]
-    step_ptr,  # HEADS: fp32 [N], 1/step of every column
+    step_ptr,  # HEADS, CHANNELS: fp32 [N], 1/step of every column
+    offset_ptr,  # CHANNELS: fp32 [N], zero-point of every column
     partial_ptr,  # SPLIT_K > 1: int32 [M, N] zeros, and
     lock_ptr,  # int32 [tiles], zeros
     M, N, K, TOKENS, PADDED,
     inv_scale, zero_point,
     EPILOGUE: tl.constexpr, GELU: tl.constexpr, FAST_GELU: tl.constexpr, HAS_BIAS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, V_LOW: tl.constexpr, V_HIGH: tl.constexpr,
-    A_PACKED: tl.constexpr, B_PACKED: tl.constexpr, OUT_PACKED: tl.constexpr,
+    A_PACKED: tl.constexpr, B_PACKED: tl.constexpr, OUT_PACKED: tl.constexpr, CHANNELS: tl.constexpr,
     HEADS_: tl.constexpr, HEAD_DIM: tl.constexpr, IMAGES,
     EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -196,7 +198,12 @@ def linear_kernel(
         y = gelu(y, FAST_GELU)
 
     if EPILOGUE == REQUANT:
-        codes = codes_int8(y, inv_scale, zero_point, LOW, HIGH, PTX)
+        if CHANNELS:
+            step = tl.load(step_ptr + columns, mask=column_mask, other=0.0)[None, :]
+            offset = tl.load(offset_ptr + columns, mask=column_mask, other=0.0)[None, :]
+            codes = codes_int8(y, step, offset, LOW, HIGH, PTX)
+        else:
+            codes = codes_int8(y, inv_scale, zero_point, LOW, HIGH, PTX)
         if OUT_PACKED:
             half_columns = first_column // 2 + tl.arange(0, BLOCK_N // 2)
             packed_place = rows.to(tl.int64)[:, None] * (N // 2) + half_columns[None, :]

@@ -19,6 +19,7 @@ from lampq_rt.kernels.gpu import configs, tables
 
 EPILOGUE_OF = {
     "linear_requant": "requant",
+    "linear_requant_channels": "requant",
     "linear_float": "float",
     "linear_residual": "residual",
     "linear_residual_layernorm": "residual",

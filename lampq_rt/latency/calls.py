@@ -26,6 +26,9 @@ from lampq_rt.formats import FLOAT_BITS
 from lampq_rt.plan import SiteParams
 from lampq_rt.sites import Description, Site
 
+_BY_CHANNEL = {f"lampq::{op}_channels": f"lampq::{op}" for op in ("quantize", "linear_requant")}
+"""Ops with a step a channel, and those with one step that do the same work: in a table they are one entry."""
+
 CLAMPED = 7
 """Stands for any width below 8 where an op clamps for it."""
 
@@ -132,7 +135,8 @@ class CallRecorder(TorchDispatchMode):
             else:
                 continue
             found.append((argument.name, self._spec(func._schema.name, argument.name, value)))
-        return Call(str(func._schema.name) + "." + func._overloadname, tuple(found))
+        call = Call(str(func._schema.name) + "." + func._overloadname, tuple(found))
+        return _with_one_step(call) if func._schema.name in _BY_CHANNEL else call
 
     def _spec(self, op: str, name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -144,7 +148,7 @@ class CallRecorder(TorchDispatchMode):
         if isinstance(value, (list, tuple)):
             return tuple(self._spec(op, name, part) for part in value)
         if name.endswith("bits") and value != FLOAT_BITS:
-            clamps = self.device == "cpu" and op == "lampq::linear_requant" and value < 8
+            clamps = self.device == "cpu" and op.startswith("lampq::linear_requant") and value < 8
             return CLAMPED if clamps else 4 if name == "p_bits" else 8
         if isinstance(value, torch.device):
             return None
@@ -208,8 +212,9 @@ class Tracer:
 
 def blank_params(site: Site, formats: Formats) -> SiteParams:
     """Parameters of a site in these formats, with steps of one and codes without values."""
-    shapes = {"channel": (site.out_features,), "head": (site.heads,), "tensor": ()}
-    tensors = {f"{o}.scale": torch.ones(shapes[f.granularity]) for o, f in formats.items() if f.has_steps}
+    tensors = {f"{o}.scale": torch.ones(site.step_shape(o, f.granularity)) for o, f in formats.items() if f.has_steps}
+    if "input" in formats and formats["input"].granularity == "channel":
+        tensors["input.zero_point"] = torch.zeros_like(tensors["input.scale"])
     if "weight.scale" in tensors:
         tensors["weight.codes"] = torch.empty((site.out_features, site.in_features), dtype=torch.int8, device="meta")
     return SiteParams(site.kind, dict(formats), tensors, site.params)
@@ -225,6 +230,17 @@ def short(dtype: torch.dtype) -> str:
     """ "f32", "u8", …"""
     name = str(dtype).removeprefix("torch.")
     return name.replace("bfloat", "bf").replace("float", "f").replace("uint", "u").replace("int", "i")
+
+
+def _with_one_step(call: Call) -> Call:
+    """The call of an op in `_BY_CHANNEL` as that of the op with one step: vectors become numbers."""
+    numbers: dict[str, tuple[str, float | int]] = {
+        "inv_scale": ("inv_scale", 1.0), "offset": ("zero_point", 0),
+        "out_inv_scale": ("out_inv_scale", 1.0), "out_offset": ("out_zero_point", 0),
+    }  # fmt: skip
+    op, _, overload = call.op.rpartition(".")
+    args = tuple(numbers.get(name, (name, value)) for name, value in call.args)
+    return Call(f"{_BY_CHANNEL[op]}.{overload}", args)
 
 
 def _text(name: str, value: Any) -> str:
