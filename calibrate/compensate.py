@@ -35,8 +35,8 @@ from lampq_rt.calibrate.rounding import gptq
 from lampq_rt.calibrate.search import SEARCHES, weight_scale
 from lampq_rt.calibrate.search.output_error import row_worth
 from lampq_rt.calibrate.steps import site_params
+from lampq_rt.inputs import quantized_input
 from lampq_rt.plan import SiteParams
-from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import Kind, Site
 
@@ -228,8 +228,8 @@ class _Work:
 
 def _quantised(x: Tensor, params: SiteParams) -> Tensor:
     """What multiplies the weight's codes: x_hat, or codes less zero-points where every channel has its step."""
-    fmt, scale, zero_point = params.formats["input"], params.tensors["input.scale"], params.tensors.get("input.zero_point")
-    x_hat = QUANTIZERS.get(fmt.scheme).fake_quantize(x, scale, zero_point, fmt.bits)
+    scale = params.tensors["input.scale"]
+    x_hat = quantized_input(x, params)
     return x_hat / scale if scale.ndim else x_hat
 
 

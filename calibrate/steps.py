@@ -8,20 +8,15 @@ floating-point model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from lampq_rt.calibrate.observe import LinearObservation, Observation, Progress, PVObservation, QKObservation
-from lampq_rt.calibrate.rounding import gptq, weighted_moment
-from lampq_rt.calibrate.search import SEARCHES, Steps, weight_scale
-from lampq_rt.calibrate.search.base import RangeSearch
-from lampq_rt.calibrate.search.output_error import row_worth
+from lampq_rt.calibrate.linear_steps import LinearSteps
+from lampq_rt.calibrate.search import SEARCHES, Steps
 from lampq_rt.errors import DataError, FormatError
 from lampq_rt.formats import Format
 from lampq_rt.plan import SiteParams
-from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import Kind, Site
 
@@ -129,94 +124,16 @@ def _solver(site: Site, observation: Observation, weight: Tensor | None, search:
         granularity = formats["input"].granularity
         if granularity not in solvers:
             solvers[granularity] = LinearSteps(chosen, observation, rows, granularity == "channel", rounding)
-        return _tensors(*solvers[granularity](formats["weight"], formats["input"]))
+        return solvers[granularity](site, formats)
 
     return solve
 
 
-class LinearSteps:
-    """Steps and codes of one linear, prepared once for all widths.
-
-    With a step for every input channel, the search sees (x - shift) / spread and a weight whose columns are multiplied
-    by spread: there one step serves all channels.
-
-    Args:
-        search: of the input's range.
-        seen: the input.
-        weight: fp32 [N, K].
-        by_channel: True for a step a channel of the input.
-        rounding: "nearest" or "gptq".
-    """
-
-    def __init__(
-        self, search: RangeSearch, seen: LinearObservation, weight: Tensor, by_channel: bool, rounding: str
-    ) -> None:
-        self.shift = self.spread = None
-        if by_channel:
-            self.shift, self.spread = channel_spread(seen, weight)
-            rows = (seen.rows - self.shift) / self.spread
-            low, high = (float(end) for end in rows.aminmax())
-            seen, weight = LinearObservation(rows, low, high, seen.row_weight), weight * self.spread
-        self.seen, self.weight, self.rounding = seen, weight, rounding
-        self.solve = search.linear(seen, weight)
-
-    def __call__(self, weight_format: Format, input_format: Format) -> tuple[dict[str, Steps], Tensor | None]:
-        """Steps by operand, and int8 [N, K] codes where rounding to nearest does not give them."""
-        bits = weight_format.bits
-        scale = weight_scale(self.weight, bits)
-        quantizer = QUANTIZERS.get(weight_format.scheme)
-        weight_hat = quantizer.fake_quantize(self.weight, scale[:, None], None, bits, weight=True)
-        fmt = replace(input_format, granularity="tensor")
-        found = self.solve(fmt, weight_hat)
-        codes = None if self.rounding == "nearest" else self._codes(found, fmt, scale, bits)
-        if self.shift is None or self.spread is None:
-            return {"weight": Steps(scale), "input": found}, codes
-        zero_point = 0.0 if found.zero_point is None else found.zero_point
-        channels = found.scale * self.spread
-        steps = Steps(channels, (zero_point - self.shift / channels).float())
-        return {"weight": Steps(scale * found.scale), "input": steps}, codes
-
-    def _codes(self, steps: Steps, fmt: Format, scale: Tensor, bits: int) -> Tensor:
-        quantizer = QUANTIZERS.get(fmt.scheme)
-        x_hat = quantizer.fake_quantize(self.seen.rows, steps.scale, steps.zero_point, fmt.bits)
-        moment = weighted_moment(x_hat, row_worth(self.seen, self.weight))
-        return gptq(self.weight, scale, moment, bits)
-
-
-PARAMS=(.5,.5,1.,'sigma')
-def channel_spread(seen: LinearObservation, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and spread of every input channel, fp32 [K]: (x - shift) / spread is what one step serves well.
-
-    Spread balances what a step costs (see `transforms.equalize`): sqrt(sigma_k / ||w_k||), floored so that constant
-    channels do no harm.
-    """
-    share = torch.ones(len(seen.rows)) if seen.row_weight is None else seen.row_weight
-    share = (share / share.sum()).to(seen.rows)
-    mean = share @ seen.rows
-    A,B,SH,KIND=PARAMS
-    if KIND=="sigma":
-        sigma = (share @ (seen.rows - mean).square()).sqrt()
-    elif KIND=="rms":
-        sigma = (share @ seen.rows.square()).sqrt()
-    elif KIND=="max":
-        sigma = seen.rows.abs().amax(0)
-    elif KIND=="q":
-        sigma = seen.rows.abs().quantile(0.99,dim=0)
-    norm = weight.norm(dim=0)
-    norm = norm.clamp_min(1e-3 * float(norm.max()) + 1e-30)
-    spread = sigma**A/norm**B
-    mean = mean*SH
-    spread = spread.clamp_min(1e-2 * float(spread.max()) + 1e-30)
-    return mean, spread
-
-
-def _tensors(steps: Mapping[str, Steps], codes: Tensor | None = None) -> dict[str, Tensor]:
+def _tensors(steps: Mapping[str, Steps]) -> dict[str, Tensor]:
     """By key of a plan, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for operand, found in steps.items():
         tensors[f"{operand}.scale"] = found.scale.cpu()
         if found.zero_point is not None:
             tensors[f"{operand}.zero_point"] = found.zero_point.cpu()
-    if codes is not None:
-        tensors["weight.codes"] = codes.cpu()
     return tensors

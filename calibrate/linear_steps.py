@@ -1,0 +1,129 @@
+"""Steps, tables and codes of one linear: the input's range, its channels' spread, its levels, the weight's rounding.
+
+With a step a channel the search sees x / spread and a weight whose columns are multiplied by spread: there one step
+serves all channels. Evening out the channels' ranges (spread = range^exponent) saves the small channels from an
+outlier's step, but moves error from the input into the weight, whose columns it spreads. Which exponent is best
+differs from layer to layer and width to width, so each is tried, and the least error of the layer's output decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lampq_rt.calibrate.observe import LinearObservation
+from lampq_rt.calibrate.rounding import gptq, weighted_moment
+from lampq_rt.calibrate.search import RangeSearch, Steps, weight_scale
+from lampq_rt.calibrate.search.base import LinearSolver
+from lampq_rt.calibrate.search.output_error import row_worth
+from lampq_rt.calibrate.search.table import best_table, code_histogram
+from lampq_rt.formats import Format
+from lampq_rt.inputs import quantized_input
+from lampq_rt.plan import SiteParams
+from lampq_rt.quantizers import QUANTIZERS
+from lampq_rt.simulate import quantized_weight
+from lampq_rt.sites import Site
+
+EXPONENTS = (0.0, 0.25, 0.5)
+"""Of a channel's largest magnitude in its spread."""
+
+SMALLEST = 1e-2
+"""A channel's spread is at least this share of the largest: constant channels must do no harm."""
+
+
+@dataclass(frozen=True)
+class _View:
+    """The linear with its input's channels divided by `spread` (None: as they are)."""
+
+    spread: Tensor | None
+    seen: LinearObservation
+    weight: Tensor
+    solve: LinearSolver
+
+
+class LinearSteps:
+    """Prepared once for all widths of a site.
+
+    Args:
+        search: of the input's range.
+        seen: the input.
+        weight: fp32 [N, K].
+        by_channel: True for a step a channel of the input.
+        rounding: "nearest" or "gptq".
+    """
+
+    def __init__(
+        self, search: RangeSearch, seen: LinearObservation, weight: Tensor, by_channel: bool, rounding: str
+    ) -> None:
+        self.seen, self.weight, self.rounding = seen, weight, rounding
+        self.worth = row_worth(seen, weight)
+        if by_channel:
+            self.views = [_view(search, seen, weight, exponent) for exponent in EXPONENTS]
+        else:
+            self.views = [_View(None, seen, weight, search.linear(seen, weight))]
+
+    def __call__(self, site: Site, formats: Mapping[str, Format]) -> dict[str, Tensor]:
+        """Tensors of the site in these formats, as `SiteParams` names them, on the CPU."""
+        found = [self._tensors(view, formats) for view in self.views]
+        if len(found) > 1:
+            errors = [self._error(SiteParams(site.kind, formats, tensors)) for tensors in found]
+            found = [found[min(range(len(found)), key=errors.__getitem__)]]
+        tensors = found[0]
+        if self.rounding == "gptq":
+            params = SiteParams(site.kind, formats, tensors)
+            x = quantized_input(self.seen.rows, params)
+            scaled = self.weight
+            if tensors["input.scale"].ndim:
+                channels = tensors["input.scale"].to(x.device)
+                x, scaled = x / channels, self.weight * channels
+            scale = tensors["weight.scale"].to(x.device)
+            codes = gptq(scaled, scale, weighted_moment(x, self.worth), formats["weight"].bits)
+            tensors = {**tensors, "weight.codes": codes}
+        return {key: tensor.cpu() for key, tensor in tensors.items()}
+
+    def _tensors(self, view: _View, formats: Mapping[str, Format]) -> dict[str, Tensor]:
+        fmt = formats["weight"]
+        scale = weight_scale(view.weight, fmt.bits)
+        weight_hat = QUANTIZERS.get(fmt.scheme).fake_quantize(view.weight, scale[:, None], None, fmt.bits, weight=True)
+        is_table = formats["input"].scheme == "table"
+        grid = replace(
+            formats["input"],
+            granularity="tensor",
+            scheme="uniform",
+            bits=8 if is_table else formats["input"].bits,
+        )
+        steps = view.solve(grid, weight_hat)
+        tensors = {"weight.scale": scale}
+        if is_table:
+            tensors["input.table"] = self._table(view, steps, weight_hat, formats["input"].bits)
+        zero_point = torch.zeros((), dtype=torch.int32) if steps.zero_point is None else steps.zero_point
+        if view.spread is None:
+            tensors["input.scale"] = steps.scale
+            if steps.zero_point is not None:
+                tensors["input.zero_point"] = zero_point
+        else:
+            tensors["weight.scale"] = scale * steps.scale
+            tensors["input.scale"] = steps.scale * view.spread
+            tensors["input.zero_point"] = zero_point.float().expand(len(view.spread)).clone()
+        return tensors
+
+    def _table(self, view: _View, steps: Steps, weight_hat: Tensor, bits: int) -> Tensor:
+        codes = QUANTIZERS.get("uniform").quantize(view.seen.rows, steps.scale, steps.zero_point, 8)
+        return best_table(code_histogram(codes, self.worth, weight_hat.square().sum(0)), bits)
+
+    def _error(self, params: SiteParams) -> float:
+        """Squared error of the layer's output, rows counting what they are worth."""
+        y = quantized_input(self.seen.rows, params) @ quantized_weight(self.weight, params).t()
+        return float(((y - self.seen.rows @ self.weight.t()).square().sum(1) * self.worth).sum())
+
+
+def _view(search: RangeSearch, seen: LinearObservation, weight: Tensor, exponent: float) -> _View:
+    spread = seen.rows.abs().amax(0) ** exponent
+    spread = spread.clamp_min(SMALLEST * float(spread.max()) + 1e-30)
+    rows = seen.rows / spread
+    low, high = (float(end) for end in rows.aminmax())
+    evened = LinearObservation(rows, low, high, seen.row_weight)
+    return _View(spread, evened, weight * spread, search.linear(evened, weight * spread))
