@@ -17,6 +17,9 @@ TARGETS = ("any", "cpu", "cuda")
 Formats = Mapping[str, Format]
 """One choice for a site: a format per operand."""
 
+TABLE_KINDS = (Kind.FC2, Kind.PROJ)
+"""Kinds whose input may have levels from a table: behind GELU and behind softmax, where values crowd near one end."""
+
 
 def formats(
     kind: Kind,
@@ -25,6 +28,7 @@ def formats(
     input_bits: int | None = None,
     p_scheme: str = "rowmax",
     input_granularity: str = "tensor",
+    input_scheme: str = "uniform",
 ) -> dict[str, Format]:
     """The formats of a site of that kind at a width: weight and input share it (LampQ), as do a matmul's two operands.
 
@@ -35,9 +39,11 @@ def formats(
         p_scheme: of softmax output: "rowmax", or "log2", which has at most 4 bits.
         input_granularity: of a linear's input: "tensor", or "channel", which fc2 has alone: GELU of fc1 makes its
             codes, where a step a column costs nothing.
+        input_scheme: of a linear's input: "uniform", or "table", which fc2 and proj have, at 2..7 bits.
 
     Raises:
-        FormatError: no such scheme of softmax output, or not at that width; no such granularity at that kind.
+        FormatError: no such scheme of softmax output, or not at that width; no such granularity at that kind; no such
+            scheme of the input at that kind, or not at that width.
     """
     if bits == FLOAT_BITS:
         operands = {Kind.QK: ("q", "k"), Kind.PV: ("p", "v")}.get(kind, ("weight", "input"))
@@ -49,11 +55,14 @@ def formats(
     if input_granularity not in (("tensor", "channel") if kind is Kind.FC2 else ("tensor",)):
         allowed = "tensor, channel" if kind is Kind.FC2 else "tensor (channel at fc2 only)"
         raise FormatError(f"granularity {input_granularity!r} of the input of a {kind}; allowed: {allowed}")
+    if input_scheme not in (("uniform", "table") if kind in TABLE_KINDS else ("uniform",)):
+        allowed = "uniform, table" if kind in TABLE_KINDS else "uniform (table at fc2 and proj only)"
+        raise FormatError(f"scheme {input_scheme!r} of the input of a {kind}; allowed: {allowed}")
     if input_bits is None:
         input_bits = 8 if kind is Kind.PATCH_EMBED else bits
     return {
         "weight": Format(bits, "uniform", "channel", True),
-        "input": Format(input_bits, "uniform", input_granularity, False),
+        "input": Format(input_bits, input_scheme, input_granularity, False),
     }
 
 
@@ -92,14 +101,20 @@ def check_formats(site: Site, chosen: Formats) -> None:
     for operand, came in chosen.items():
         p_scheme = came.scheme if operand == "p" and came.scheme in SOFTMAX_SCHEMES else "rowmax"
         granularity = came.granularity if operand == "input" else "tensor"
+        scheme = "table" if operand == "input" and came.scheme == "table" else "uniform"
         try:
             allowed = formats(
-                site.kind, came.bits, input_bits=came.bits, p_scheme=p_scheme, input_granularity=granularity
+                site.kind,
+                came.bits,
+                input_bits=came.bits,
+                p_scheme=p_scheme,
+                input_granularity=granularity,
+                input_scheme=scheme,
             )[operand]
         except FormatError as error:
             raise FormatError(f"{site.name}: {operand} is {came}; {error}") from None
         same_up_to_zero_point = Format(came.bits, came.scheme, came.granularity, allowed.symmetric) == allowed
-        fixed = operand != "input" or granularity == "channel"  # channels always have zero-points
+        fixed = operand != "input" or granularity == "channel" or scheme == "table"  # these always have zero-points
         if not same_up_to_zero_point or (came.symmetric != allowed.symmetric and fixed):
             raise FormatError(f"{site.name}: {operand} is {came}; this runtime executes {allowed} there")
     if site.kind is Kind.QK and chosen["q"] != chosen["k"]:

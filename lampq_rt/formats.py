@@ -16,6 +16,9 @@ INTEGER_BITS = tuple(range(2, 9))
 SOFTMAX_SCHEMES = ("rowmax", "log2")
 """Schemes of softmax output. Their steps are fixed, so a plan holds none."""
 
+TABLE_BITS = INTEGER_BITS[:-1]
+"""Widths of scheme "table", whose levels lie on the 8-bit grid (docs/numerics.md, "Tables")."""
+
 GRANULARITIES = ("tensor", "head", "channel", "row")
 
 
@@ -25,8 +28,9 @@ class Format:
 
     Attributes:
         bits: width of a code, 2..8, or 16 for floating point.
-        scheme: name of the quantizer (`lampq_rt.quantizers`): "uniform"; "rowmax" for softmax output whose row maximum
-            has the top code, "log2" for softmax output in powers of two (docs/numerics.md, rule 7); "float" for 16
+        scheme: name of the quantizer (`lampq_rt.quantizers`): "uniform"; "table" for inputs of fc2 and proj whose
+            levels lie anywhere on the 8-bit grid (docs/numerics.md, "Tables"), 2..7 bits; "rowmax" for softmax output
+            whose row maximum has the top code, "log2" for softmax output in powers of two (rule 7); "float" for 16
             bits.
         granularity: what shares one step: "tensor", "head", "channel" (output channel of a weight; input channel of
             fc2, docs/numerics.md) or "row".
@@ -43,6 +47,10 @@ class Format:
             raise FormatError(f"bits = {self.bits!r}; allowed: 2..8, or 16 for floating point")
         if (self.bits == FLOAT_BITS) != (self.scheme == "float"):
             raise FormatError(f"{self.bits} bits with scheme {self.scheme!r}; 16 bits and scheme 'float' go together")
+        if self.scheme == "table" and self.bits not in TABLE_BITS:
+            raise FormatError(
+                f"{self.bits} bits with scheme 'table'; allowed: 2..7 (8 are the uniform grid)"
+            )
         if self.granularity not in GRANULARITIES:
             raise FormatError(f"granularity {self.granularity!r}; allowed: {', '.join(GRANULARITIES)}")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lampq_rt import channels
 from lampq_rt.edits import edited
+from lampq_rt.inputs import quantized_input
 from lampq_rt.plan import Plan, SiteParams
 from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.sites import Description
@@ -71,7 +72,7 @@ class SimulatedLinear(SimulatedSite):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]; NCHW images to NCHW features for a patch embedding."""
         if self.params is not None:
-            x = self.fake("input", x)
+            x = quantized_input(x, self.params)
         if isinstance(self.original, nn.Conv2d):
             return F.conv2d(x, self.weight, self.bias, stride=self.original.stride)
         return F.linear(x, self.weight, self.bias)

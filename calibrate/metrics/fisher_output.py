@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lampq_rt.calibrate.metrics.base import PENALTIES, Evidence, Score
 from lampq_rt.calibrate.metrics.fisher import Fisher
+from lampq_rt.inputs import quantized_input
 from lampq_rt.plan import SiteParams
-from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.simulate import quantized_weight
 
 
@@ -62,8 +62,4 @@ def output(rows: Tensor, weight: Tensor, params: SiteParams) -> Tensor:
     """
     if params.is_float:
         return rows @ weight.t()
-    fmt, scale = params.formats["input"], params.tensors["input.scale"].to(rows.device)
-    zero_point = params.tensors.get("input.zero_point")
-    zero_point = None if zero_point is None else zero_point.to(rows.device)
-    x = QUANTIZERS.get(fmt.scheme).fake_quantize(rows, scale, zero_point, fmt.bits)
-    return x @ quantized_weight(weight, params).t()
+    return quantized_input(rows, params) @ quantized_weight(weight, params).t()
