@@ -201,8 +201,9 @@ class _Work:
         source = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(x_hat), generator=source)[:ROWS].sort().values
         rows = x_hat[chosen].contiguous()
-        low, high = (float(v) for v in x_hat.aminmax())
-        seen = LinearObservation(rows, low, high, None if share is None else share[chosen])
+        peaks = torch.stack(x_hat.aminmax(dim=0))
+        share = None if share is None else share[chosen]
+        seen = LinearObservation(rows, float(peaks[0].min()), float(peaks[1].max()), share, peaks)
         return site_params(site, params.formats, seen, weight, self.search)
 
     def _shares(self, site: Site, x: Tensor) -> Tensor | None:

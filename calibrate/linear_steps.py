@@ -30,6 +30,10 @@ from lampq_rt.sites import Site
 EXPONENTS = (0.0, 0.25, 0.5)
 """Of a channel's largest magnitude in its spread."""
 
+ENOUGH = 0.5
+"""A spread must bring the error below this share of the error without: the rows it is measured on are a sample, and the
+rare rows of massive activations, which no sample holds, pay for it (DeiT-Tiny at 8 bits: KL 0.022 instead of 0.005)."""
+
 SMALLEST = 1e-2
 """A channel's spread is at least this share of the largest: constant channels must do no harm."""
 
@@ -70,7 +74,8 @@ class LinearSteps:
         found = [self._tensors(view, formats) for view in self.views]
         if len(found) > 1:
             errors = [self._error(SiteParams(site.kind, formats, tensors)) for tensors in found]
-            found = [found[min(range(len(found)), key=errors.__getitem__)]]
+            best = min(range(len(found)), key=errors.__getitem__)
+            found = [found[best if errors[best] < ENOUGH * errors[0] else 0]]
         tensors = found[0]
         if self.rounding == "gptq":
             params = SiteParams(site.kind, formats, tensors)
@@ -121,9 +126,10 @@ class LinearSteps:
 
 
 def _view(search: RangeSearch, seen: LinearObservation, weight: Tensor, exponent: float) -> _View:
-    spread = seen.rows.abs().amax(0) ** exponent
+    peaks = seen.peaks
+    spread = peaks.abs().amax(0) ** exponent
     spread = spread.clamp_min(SMALLEST * float(spread.max()) + 1e-30)
     rows = seen.rows / spread
-    low, high = (float(end) for end in rows.aminmax())
-    evened = LinearObservation(rows, low, high, seen.row_weight)
+    ends = peaks / spread
+    evened = LinearObservation(rows, float(ends[0].min()), float(ends[1].max()), seen.row_weight, ends)
     return _View(spread, evened, weight * spread, search.linear(evened, weight * spread))

@@ -58,12 +58,19 @@ class LinearObservation:
         low: smallest value of all inputs.
         high: largest value of all inputs.
         row_weight: fp32 [R], mean 1, what each row counts in an error; None where all count the same.
+        channels: fp32 [2, K], smallest and largest value of every channel over all inputs; None: take those of `rows`.
     """
 
     rows: Tensor
     low: float
     high: float
     row_weight: Tensor | None = None
+    channels: Tensor | None = None
+
+    @property
+    def peaks(self) -> Tensor:
+        """fp32 [2, K]: smallest and largest value of every channel."""
+        return torch.stack(self.rows.aminmax(dim=0)) if self.channels is None else self.channels
 
 
 @dataclass(frozen=True)
@@ -231,14 +238,16 @@ class _LinearWatcher:
 
     def __init__(self, site: str, conv: nn.Conv2d | None, sampler: _Sampler) -> None:
         self.site, self.conv, self.sampler = site, conv, sampler
-        self.low, self.high = float("inf"), float("-inf")
+        self.channels: Tensor | None = None
 
     def see(self, x: Tensor) -> None:
         """A batch: [B, C, H, W] images of a patch embedding, or [B, ..., K]."""
         x = patches(x, self.conv) if self.conv is not None else x.reshape(x.shape[0], -1, x.shape[-1])
-        low, high = (float(v) for v in x.aminmax())
-        _check_finite(self.site, "input", low, high)
-        self.low, self.high = min(self.low, low), max(self.high, high)
+        low, high = x.flatten(0, 1).aminmax(dim=0)
+        _check_finite(self.site, "input", float(low.min()), float(high.max()))
+        if self.channels is not None:
+            low, high = torch.minimum(low, self.channels[0]), torch.maximum(high, self.channels[1])
+        self.channels = torch.stack((low, high)).float()
         self.sampler.take(x)
 
     def check(self) -> None:
@@ -247,14 +256,17 @@ class _LinearWatcher:
 
     def gather(self, shard: Shard) -> None:
         """Put all processes' observations together."""
-        lows, highs = zip(*shard.objects((self.low, self.high)), strict=True)
-        self.low, self.high = min(lows), max(highs)
+        assert self.channels is not None
+        parts = shard.gather(self.channels[None])
+        self.channels = torch.stack((parts[:, 0].amin(0), parts[:, 1].amax(0)))
         self.sampler.gather(shard)
 
     def result(self) -> LinearObservation:
         """What was seen."""
         rows, weight = self.sampler.result(), self.sampler.weight
-        return LinearObservation(rows, self.low, self.high, None if weight is None else weight.to(rows.device))
+        assert self.channels is not None
+        channels, weight = self.channels.to(rows.device), None if weight is None else weight.to(rows.device)
+        return LinearObservation(rows, float(channels[0].min()), float(channels[1].max()), weight, channels)
 
 
 class _QKWatcher:
