@@ -20,6 +20,7 @@ from lampq_rt.kernels.gpu import linear as linear_kernels
 from lampq_rt.kernels.gpu.attention import attention_kernel
 from lampq_rt.kernels.gpu.heads import heads_kernel
 from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel, quantize_kernel
+from lampq_rt.kernels.gpu.remap import remap  # noqa: F401  (an op like those below)
 from lampq_rt.kernels.gpu.rows import linear_rows_kernel
 from lampq_rt.kernels.gpu.scratch import split_scratch
 
