@@ -28,6 +28,7 @@ _OUT_CHANNELS = "Tensor out_inv_scale, Tensor out_offset, int out_bits, ScalarTy
 SCHEMAS = {
     "quantize": "(Tensor x, float inv_scale, int zero_point, int bits, ScalarType dtype) -> Tensor",
     "quantize_channels": "(Tensor x, Tensor inv_scale, Tensor offset, int bits, ScalarType dtype) -> Tensor",
+    "remap": "(Tensor(a!) codes, Tensor table) -> ()",
     "layernorm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, float inv_scale, int zero_point, "
     "int bits, ScalarType dtype) -> Tensor",
     "linear_float": f"({_LINEAR}, str activation, ScalarType dtype) -> Tensor",
@@ -53,6 +54,10 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def _fake_same(x: Tensor, *args: Any) -> Tensor:
     return _empty(x, x.shape, args[-1])
+
+
+def _fake_remap(codes: Tensor, table: Tensor) -> None:
+    return None
 
 
 def _fake_linear(x_q: Tensor, w_q: Tensor, *args: Any) -> Tensor:
@@ -91,6 +96,7 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_same,
     "quantize_channels": _fake_same,
+    "remap": _fake_remap,
     "layernorm_quantize": _fake_same,
     "linear_float": _fake_linear,
     "linear_requant": _fake_linear,

@@ -111,6 +111,16 @@ def quantize_channels(x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, d
     return store_codes(round_codes(x.float(), inv_scale, offset, *code_range(bits)), dtype)
 
 
+def remap(codes: Tensor, table: Tensor) -> None:
+    """Each code becomes its level, in place: table[code + 128] (docs/numerics.md, "Tables").
+
+    Args:
+        codes: int8 or uint8 container, any shape; never int4.
+        table: int8 [256], levels by signed code from -128 on.
+    """
+    codes.copy_(store_codes(table[(load_codes(codes) + OFFSET).long()].to(torch.int32), codes.dtype))
+
+
 def layernorm_quantize(
     x: Tensor,
     weight: Tensor | None,

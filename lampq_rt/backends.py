@@ -18,7 +18,7 @@ Formats = Mapping[str, Format]
 """One choice for a site: a format per operand."""
 
 TABLE_KINDS = (Kind.FC2, Kind.PROJ)
-"""Kinds whose input may have levels from a table: behind GELU and behind softmax, where values crowd near one end."""
+"""Kinds whose input may have levels from a table: behind GELU and attention, where values crowd near 0."""
 
 
 def formats(

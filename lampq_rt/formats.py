@@ -48,9 +48,7 @@ class Format:
         if (self.bits == FLOAT_BITS) != (self.scheme == "float"):
             raise FormatError(f"{self.bits} bits with scheme {self.scheme!r}; 16 bits and scheme 'float' go together")
         if self.scheme == "table" and self.bits not in TABLE_BITS:
-            raise FormatError(
-                f"{self.bits} bits with scheme 'table'; allowed: 2..7 (8 are the uniform grid)"
-            )
+            raise FormatError(f"{self.bits} bits with scheme 'table'; allowed: 2..7 (8 are the uniform grid)")
         if self.granularity not in GRANULARITIES:
             raise FormatError(f"granularity {self.granularity!r}; allowed: {', '.join(GRANULARITIES)}")
 
@@ -58,6 +56,11 @@ class Format:
     def is_float(self) -> bool:
         """True where the operand stays in floating point."""
         return self.bits == FLOAT_BITS
+
+    @property
+    def code_bits(self) -> int:
+        """Width of the codes that are made of the operand, and of the dot product's: 8 where levels are a table's."""
+        return INTEGER_BITS[-1] if self.scheme == "table" else self.bits
 
     @property
     def has_steps(self) -> bool:

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lampq_rt import channels, files
+from lampq_rt import channels, files, inputs
 from lampq_rt.errors import PlanError
 from lampq_rt.formats import FLOAT_BITS, Format
 from lampq_rt.kernels.packing import container_bytes, packed_bytes
@@ -196,7 +196,9 @@ def check_plot(path: Path) -> None:
 
 def _format_text(operand: str, fmt: Format) -> str:
     if operand == "input" and fmt.granularity == "channel":
-        return f"{fmt.bits} by channel"
+        return f"{fmt.bits} by channel" + (" from a table" if fmt.scheme == "table" else "")
+    if operand == "input" and fmt.scheme == "table":
+        return f"{fmt.bits} from a table"
     return f"{fmt.bits}" + ("" if fmt.symmetric else " +zp")
 
 
@@ -208,6 +210,8 @@ def _layer(name: str, params: SiteParams, score: Any) -> Layer:
         memory = container_bytes(scale.numel(), params.params // scale.numel(), params.bits)
         if channels.by_channel(params):
             memory += sum(t.numel() * t.element_size() for t in channels.vectors(params) if t is not None)
+        table = inputs.table_of(params)
+        memory += 0 if table is None else table.numel()
         disk = packed_bytes(params.params, params.bits)
     return Layer(
         name=name,

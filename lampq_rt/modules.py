@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lampq_rt import channels
+from lampq_rt import channels, inputs
 from lampq_rt.formats import FLOAT_BITS
 from lampq_rt.kernels import packing, reference
 from lampq_rt.kernels.ops import ops
@@ -29,7 +29,7 @@ class Step:
     Attributes:
         inv_scale: fp32(1 / scale), as a Python float; 1 where a channel has its own.
         zero_point: of the signed code; 0 where a channel has its own.
-        bits: 2..8; 16 for floating point.
+        bits: of the codes that are made, 2..8 (8 where a table gives the levels); 16 for floating point.
         packs: True where a GPU may store two codes a byte.
     """
 
@@ -44,12 +44,12 @@ class Step:
         fmt = params.formats[operand]
         if fmt.is_float:
             return FLOAT_STEP
-        packs = fmt.bits <= 4 and width > 0 and width % reference.NIBBLE_GROUP == 0
+        packs = fmt.code_bits <= 4 and width > 0 and width % reference.NIBBLE_GROUP == 0
         if operand == "input" and channels.by_channel(params):
-            return cls(1.0, 0, fmt.bits, packs)
+            return cls(1.0, 0, fmt.code_bits, packs)
         zero_point = params.tensors.get(f"{operand}.zero_point")
         inv_scale = params.tensors[f"{operand}.scale"].reciprocal()
-        return cls(float(inv_scale), 0 if zero_point is None else int(zero_point), fmt.bits, packs)
+        return cls(float(inv_scale), 0 if zero_point is None else int(zero_point), fmt.code_bits, packs)
 
     def container(self, x: Tensor, backend: str) -> torch.dtype:
         """The container of these codes on x's device (see `reference.py`)."""
@@ -68,7 +68,8 @@ class IntegerLinear(nn.Module):
     """A linear on codes. Buffers are those of design rule 5: y = (acc + column) * scale + bias.
 
     Where the plan gives every channel of its input a step (`channels`), `input_inv_scale` and `input_offset` are
-    fp32 [K], which whoever makes the codes takes from here; else None.
+    fp32 [K], which whoever makes the codes takes from here; else None. Where the plan gives its input a table, codes
+    come on the 8-bit grid, and every method that takes them turns them into levels in place: they are used up.
 
     Args:
         weight: fp32 [N, K].
@@ -84,6 +85,7 @@ class IntegerLinear(nn.Module):
     bias: Tensor | None
     input_inv_scale: Tensor | None
     input_offset: Tensor | None
+    table: Tensor | None
 
     def __init__(
         self,
@@ -112,6 +114,8 @@ class IntegerLinear(nn.Module):
         inv_scale, offset = channels.vectors(params)
         self.register_buffer("input_inv_scale", inv_scale)
         self.register_buffer("input_offset", offset)
+        table = inputs.table_of(params)
+        self.register_buffer("table", None if table is None else table.clone())
 
     @property
     def vectors(self) -> Vectors | None:
@@ -146,7 +150,7 @@ class IntegerLinear(nn.Module):
             dtype: of a floating-point result.
             vectors: of the linear that reads the codes, where it has a step a channel.
         """
-        args = (x_q, self.w_q, self.scale, self.column, self.bias, activation)
+        args = (self._levels(x_q), self.w_q, self.scale, self.column, self.bias, activation)
         if out.bits == FLOAT_BITS:
             return ops(self.backend).linear_float(*args, dtype)
         tail = (out.bits, out.container(x_q, self.backend))
@@ -160,16 +164,23 @@ class IntegerLinear(nn.Module):
 
     def add_to(self, x: Tensor, x_q: Tensor) -> None:
         """x += the result, in place."""
-        ops(self.backend).linear_residual(x, x_q, self.w_q, self.scale, self.column, self.bias)
+        ops(self.backend).linear_residual(x, self._levels(x_q), self.w_q, self.scale, self.column, self.bias)
 
     def add_to_and_norm(self, x: Tensor, x_q: Tensor, norm: QuantizingNorm) -> Tensor:
         """x += the result, in place; the codes that `norm`, a LayerNorm's, makes of the new x."""
-        args = (x, x_q, self.w_q, self.scale, self.column, self.bias)
+        args = (x, self._levels(x_q), self.w_q, self.scale, self.column, self.bias)
         return ops(self.backend).linear_residual_layernorm(*args, *norm.layernorm(), *norm.codes(x))
+
+    def _levels(self, x_q: Tensor) -> Tensor:
+        """What the dot product reads, of the codes that came: `x_q` itself, remapped where there is a table."""
+        if self.table is not None:
+            ops(self.backend).remap(x_q, self.table)
+        return x_q
 
     def extra_repr(self) -> str:
         """For print(model)."""
         steps = "" if self.vectors is None else " by channel"
+        steps += "" if self.table is None else " from a table"
         widths = f"weight={self.w_bits} bits, input={self.input.bits} bits{steps}"
         return f"{self.in_features}, {self.out_features}, {widths}"
 

@@ -26,7 +26,7 @@ from lampq_rt.errors import FormatError, PlanError
 from lampq_rt.formats import Format
 from lampq_rt.kernels import reference
 from lampq_rt.plan import RESIDUAL_DTYPES, Plan, SiteParams
-from lampq_rt.quantizers import QUANTIZERS
+from lampq_rt.quantizers import QUANTIZERS, table
 from lampq_rt.sites import OPERANDS, Kind
 from lampq_rt.version import __version__
 
@@ -215,6 +215,8 @@ def _parse_site(name: str, entry: Any, tensors: dict[str, Tensor], where: str) -
     for key in wanted:
         if key not in tensors and key != "weight.codes":
             raise PlanError(f"{path}: the tensor {key} is missing")
+    if "input.table" in tensors and (wrong := table.flaw(tensors["input.table"], formats["input"].bits)):
+        raise PlanError(f"{path}: tensor input.table {wrong}")
     return SiteParams(kind, formats, tensors, params)
 
 
@@ -239,7 +241,9 @@ def _wanted_tensors(formats: Mapping[str, Format]) -> dict[str, _Wanted]:
         if not fmt.symmetric and operand == "input" and fmt.granularity == "channel":
             wanted[f"{operand}.zero_point"] = (torch.float32, 1, _FINITE)
         elif not fmt.symmetric:
-            wanted[f"{operand}.zero_point"] = (torch.int32, 0, reference.code_range(fmt.bits))
+            wanted[f"{operand}.zero_point"] = (torch.int32, 0, reference.code_range(fmt.code_bits))
+        if operand == "input" and fmt.scheme == "table":
+            wanted["input.table"] = (torch.int8, 1, reference.code_range(fmt.code_bits))
         if operand == "weight":
             wanted["weight.codes"] = (torch.int8, 2, reference.code_range(fmt.bits, weight=True))
     return wanted

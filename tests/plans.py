@@ -77,6 +77,29 @@ def channel_plan(model: nn.Module, plan: Plan, images: Tensor) -> Plan:
     return plan.with_sites(sites)
 
 
+def uneven_table(bits: int, zero_point: int = 0) -> Tensor:
+    """A table of that width whose levels crowd around the zero-point: the nearest one for every code."""
+    places = torch.linspace(-1, 1, 1 << bits, dtype=torch.float64)
+    reach = torch.where(places < 0, zero_point + 128, 127 - zero_point)
+    levels = (zero_point + reach * places.sign() * places.abs() ** 1.5).round().unique()
+    grid = torch.arange(-128, 128, dtype=torch.float64)
+    return levels[(grid[:, None] - levels).abs().argmin(1)].to(torch.int8)
+
+
+def table_plan(plan: Plan, bits: int, kinds: tuple[Kind, ...] = (Kind.FC2, Kind.PROJ)) -> Plan:
+    """`plan`, its inputs at 8 bits, with levels from a table before every integer linear of these kinds."""
+    sites = {}
+    for name, params in plan.sites.items():
+        if params.kind not in kinds or params.is_float:
+            continue
+        assert params.formats["input"].bits == 8, name
+        zero_point = params.tensors["input.zero_point"]
+        table = uneven_table(bits, 0 if zero_point.ndim else int(zero_point))
+        formats = {**params.formats, "input": replace(params.formats["input"], bits=bits, scheme="table")}
+        sites[name] = replace(params, formats=formats, tensors={**params.tensors, "input.table": table})
+    return plan.with_sites(sites)
+
+
 def log2_plan(plan: Plan, bits: int) -> Plan:
     """`plan` with every integer P in log2 codes of that many bits."""
     fmt = Format(bits, "log2", "row")

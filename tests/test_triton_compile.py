@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 import lampq_rt  # noqa: E402
 from lampq_rt.kernels import reference  # noqa: E402
-from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline, tables  # noqa: E402
+from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline, remap, tables  # noqa: E402
 from tests import triton_cases as cases  # noqa: E402
 
 ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100", "gfx942")
@@ -191,6 +191,20 @@ def test_attention_and_layernorm_pack(arch: str, dtype: torch.dtype) -> None:
         check(launches[0], matrix=False, load=8, store=4)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_remap_moves_codes_in_wide_pieces(arch: str, dtype: torch.dtype) -> None:
+    codes, table = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((64, 197, 3072), (256,)))
+    with offline.recording(arch) as launches:
+        impl.remap(codes, table.view(torch.int8))
+    made = offline.compile_launch(launches[0])
+    assert max(made.load_bytes) == max(made.store_bytes) == min(made.store_bytes) == 16 and made.spills == 0, made
+    threads = launches[0].warps * (64 if arch.startswith("gfx") else 32)
+    assert made.byte_accesses == remap.BLOCK // threads, (
+        "a look-up a code, in a table that stays in the first-level cache"
+    )
+
+
 ARITHMETIC = {"LOW", "HIGH", "V_LOW", "V_HIGH", "GELU", "HAS_BIAS", "HAS_WEIGHT", "P_BITS"}
 """Constants of the kernels that change no shape."""
 
@@ -209,6 +223,7 @@ def interpreted(group: str) -> Iterator[cases.Case]:
     if group == "layernorm":
         for bits, dtype in cases.QUANTIZE:
             yield from cases.quantize_cases(bits, dtype)
+        yield from cases.remap_cases()
     elif group == "qkv":
         yield from (cases.qkv_case(case, bits) for case in cases.QKV for bits in cases.QKV_BITS)
     elif group == "attention":
@@ -246,6 +261,7 @@ def test_what_the_interpreter_runs_compiles(arch: str, group: str) -> None:
                         cases.in_one_kernel(args, fitting[0])
         if group == "models":
             some = [*(cases.model_case(*c) for c in cases.MODELS), *(cases.channel_case(b) for b in cases.CHANNELS)]
+            some += [cases.table_case(5, channels) for channels in (False, True)]
             for model, plan, images in (*some, cases.deit_block()):
                 lampq_rt.compile(model, plan, backend="triton")(images)
     assert launches

@@ -67,6 +67,14 @@ def test_quantize_and_layernorm(bits: int, dtype: torch.dtype) -> None:
         assert_codes(came, wanted, 0.0 if case[0].startswith("quantize") else 1e-3)
 
 
+def test_remap() -> None:
+    for name, (given, table) in cases.remap_cases():
+        came, wanted = given.clone(), given.clone()
+        getattr(TRITON, name)(came, table)
+        getattr(reference, name)(wanted, table)
+        assert torch.equal(came, wanted)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", cases.LINEARS)
 @pytest.mark.parametrize("a_bits", cases.A_BITS)
@@ -251,6 +259,11 @@ def test_a_whole_model_runs_on_the_triton_path(bits: cases.Bits, input_bits: int
 @pytest.mark.parametrize("bits", cases.CHANNELS)
 def test_a_whole_model_with_steps_by_channel(bits: cases.Bits) -> None:
     assert_model(*cases.channel_case(bits))
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_a_whole_model_with_tables(channels: bool) -> None:
+    assert_model(*cases.table_case(5, channels))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lampq_rt.kernels import reference
 from lampq_rt.plan import Plan
 from lampq_rt.standin import stand_in_plan
-from tests.plans import channel_plan, log2_plan, range_plan, tiny_vit
+from tests.plans import channel_plan, log2_plan, range_plan, table_plan, tiny_vit
 
 Case = tuple[str, tuple[Any, ...]]
 """An op's name and its arguments, on the CPU."""
@@ -49,6 +49,8 @@ MODELS: tuple[tuple[Bits, int | None, bool], ...] = (
     ({"default": 5, "qkv": 4}, 4, False), (8, None, True), (4, None, True),
 )  # fmt: skip
 """(bits of every site or by kind, bits of the linears' inputs where they differ, P in powers of two)."""
+REMAP = ((1,), (63,), (2, 64), (5, 197, 192), (3, 4099))
+"""Shapes of codes."""
 CHANNELS: tuple[Bits, ...] = (8, 4, {"default": 8, "fc1": 16})
 """Bits of models whose fc2 have inputs by channel."""
 
@@ -72,6 +74,14 @@ def quantize_cases(bits: int, dtype: torch.dtype) -> Iterator[Case]:
         x[0, 0] = 3.0
         for affine in ((torch.randn(width), torch.randn(width)), (None, None)):
             yield "layernorm_quantize", (x, *affine, 1e-6, 20.0, 3, bits, dtype)
+
+
+def remap_cases() -> Iterator[Case]:
+    """Every shape in both containers, with a table of 16 levels."""
+    table = codes((16,), 8, seed=7).sort().values.repeat_interleave(16)
+    for shape in REMAP:
+        for dtype in (torch.int8, torch.uint8):
+            yield "remap", (reference.store_codes(codes(shape, 8).int(), dtype), table)
 
 
 def linear_case(shape: tuple[int, int, int], a_bits: int, w_bits: int) -> tuple[Tensor, ...]:
@@ -173,6 +183,12 @@ def channel_case(bits: Bits) -> tuple[nn.Module, Plan, Tensor]:
     model = tiny_vit(init_values=0.5)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     return model, channel_plan(model, range_plan(model, images, bits), images), images
+
+
+def table_case(bits: int, channels: bool) -> tuple[nn.Module, Plan, Tensor]:
+    """A tiny model whose fc2 and proj have levels from a table, fc2 by channel where asked for, and two images."""
+    model, plan, images = channel_case(8) if channels else model_case(8, None, False)
+    return model, table_plan(plan, bits), images
 
 
 def deit_block() -> tuple[nn.Module, Plan, Tensor]:

@@ -32,6 +32,8 @@ def cases() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"quantize {bits}", "quantize", (x, 1.0, 0, bits, dtype)
         channels = (2.0 ** torch.randint(-2, 3, (256,)), torch.randn(256) * 20)
         yield f"quantize channels {bits}", "quantize_channels", (x, *channels, bits, dtype)
+    codes, table = _codes((3, 67, 769), 8), _codes((16,), 8).sort().values.repeat_interleave(16)
+    yield "remap", "remap", (codes, table)
     for m, k, n in LINEARS:
         for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
             yield from _linear_cases(m, k, n, a_bits, w_bits)

@@ -27,6 +27,14 @@ def quantize_channels(x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, d
     return reference.quantize_channels(x, inv_scale, offset, bits, dtype)
 
 
+def remap(codes: Tensor, table: Tensor) -> None:
+    """See `reference.remap`."""
+    lib = native.library()
+    if lib is None or not codes.is_contiguous():
+        return reference.remap(codes, table)
+    return native.remap(lib, codes, table.contiguous())
+
+
 def layernorm_quantize(
     x: Tensor,
     weight: Tensor | None,

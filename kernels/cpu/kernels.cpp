@@ -5,6 +5,25 @@
 
 #include "vnni.h"
 
+namespace {
+
+// bytes[i] = table[bytes[i]]; table [256], aligned to 64.
+inline void remap_bytes(uint8_t* bytes, int64_t n, const uint8_t* table) {
+  int64_t i = 0;
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+  const __m512i a = _mm512_load_si512(table), b = _mm512_load_si512(table + 64);
+  const __m512i c = _mm512_load_si512(table + 128), d = _mm512_load_si512(table + 192);
+  for (; i + 64 <= n; i += 64) {  // a permutation reads the low 7 bits of a code; its top bit says which half of the table
+    const __m512i x = _mm512_loadu_si512(bytes + i);
+    const __m512i low = _mm512_permutex2var_epi8(a, x, b), high = _mm512_permutex2var_epi8(c, x, d);
+    _mm512_storeu_si512(bytes + i, _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high));
+  }
+#endif
+  for (; i < n; ++i) bytes[i] = table[bytes[i]];
+}
+
+}  // namespace
+
 extern "C" {
 
 // 1 where attention and linears are compiled in.
@@ -24,6 +43,17 @@ void lampq_quantize(const float* x, uint8_t* out, int64_t n, float inv, float ze
 #pragma omp parallel for num_threads(threads) if (chunks > 1)
   for (int64_t c = 0; c < chunks; ++c)
     quantize_row(x + c * kChunk, out + c * kChunk, std::min(kChunk, n - c * kChunk), codes);
+}
+
+// Each of n codes becomes its level, in place; table [256] by signed code from -128 on, both containers.
+void lampq_remap(uint8_t* codes, const int8_t* table, int64_t n, int is_signed, int threads) {
+  const int flip = is_signed ? 0x80 : 0;
+  alignas(64) uint8_t bytes[256];  // byte after by byte before, as the container has them
+  for (int b = 0; b < 256; ++b) bytes[b] = static_cast<uint8_t>(table[b ^ flip]) ^ static_cast<uint8_t>(flip ^ 0x80);
+  constexpr int64_t kChunk = 1 << 16;
+  const int64_t chunks = (n + kChunk - 1) / kChunk;
+#pragma omp parallel for num_threads(threads) if (chunks > 1)
+  for (int64_t c = 0; c < chunks; ++c) remap_bytes(codes + c * kChunk, std::min(kChunk, n - c * kChunk), bytes);
 }
 
 // x [rows, width] fp32; weight and bias [width] or null; out [rows, width].

@@ -46,10 +46,11 @@ SIGNATURES: dict[str, list[Any]] = {
     "lampq_split_heads": [_ptr] * 4 + [_i64] * 5 + [_int] * 5,
     "lampq_linear": [_ptr] * 7 + [_i64] * 3 + [_int] * 2 + _CODES + [_ptr] * 3 + [_float, *_CODES, _ptr, _int],
     "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_float, _int, *_CODES, _int, _int],
+    "lampq_remap": [_ptr] * 2 + [_i64] + [_int] * 2,
     "lampq_pack_weight": [_ptr] * 2 + [_i64] * 2 + [_ptr] * 2,
     "lampq_run": [_ptr, _i64],
 }
-"""Arguments of every function; program.cpp knows the first five by their places here."""
+"""Arguments of every function; program.cpp knows the first six by their places here."""
 
 NEED_VNNI = ("lampq_attention", "lampq_pack_weight", "lampq_linear")
 """Functions that a library for a CPU without AVX512-VNNI does not have."""
@@ -172,6 +173,12 @@ def quantize(lib: ctypes.CDLL, x: Tensor, inv_scale: float, zero_point: int, bit
     codes = code_arguments(inv_scale, zero_point, bits, dtype)
     call(lib, "lampq_quantize", at(x), at(out), x.numel(), *codes, torch.get_num_threads())
     return out
+
+
+def remap(lib: ctypes.CDLL, codes: Tensor, table: Tensor) -> None:
+    """See `reference.remap`; contiguous."""
+    signed = int(codes.dtype == torch.int8)
+    call(lib, "lampq_remap", at(codes), at(table), codes.numel(), signed, torch.get_num_threads())
 
 
 def layernorm_quantize(

@@ -9,6 +9,7 @@ void lampq_quantize(const float*, uint8_t*, int64_t, float, float, float, float,
 void lampq_layernorm_quantize(const float*, const float*, const float*, uint8_t*, int64_t, int64_t, float, float, float, float, float,
                               int, int);
 void lampq_split_heads(const int8_t*, int8_t*, int8_t*, int8_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, int, int, int);
+void lampq_remap(uint8_t*, const int8_t*, int64_t, int, int);
 #ifdef LAMPQ_VNNI
 void lampq_linear(const uint8_t*, const int32_t*, const int32_t*, const float*, const float*, const float*, const float*, int64_t,
                   int64_t, int64_t, int, int, float, float, float, float, int, void*, const float*, const float*, float, float, float,
@@ -55,6 +56,9 @@ void lampq_run(const Call* calls, int64_t count) {
                         i[8]);
         break;
 #endif
+      case 5:
+        lampq_remap(static_cast<uint8_t*>(p[0]), static_cast<int8_t*>(p[1]), i[0], i[1], i[2]);
+        break;
       default:
         std::abort();  // program.py knows no other
     }

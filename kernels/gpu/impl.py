@@ -20,6 +20,7 @@ from lampq_rt.kernels.gpu import linear as linear_kernels
 from lampq_rt.kernels.gpu.attention import attention_kernel
 from lampq_rt.kernels.gpu.heads import heads_kernel
 from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel, quantize_kernel
+from lampq_rt.kernels.gpu.remap import BLOCK, remap_kernel
 from lampq_rt.kernels.gpu.rows import linear_rows_kernel
 from lampq_rt.kernels.gpu.scratch import split_scratch
 
@@ -98,6 +99,13 @@ def _launch_quantize(
         channels is not None, low, high, dtype == reference.INT4, _of(x)[2], block,
     )  # fmt: skip
     return out
+
+
+def remap(codes: Tensor, table: Tensor) -> None:
+    """See `reference.remap`; `codes` contiguous."""
+    assert codes.is_contiguous()
+    count, signed = codes.numel(), codes.dtype == torch.int8
+    remap_kernel[(triton.cdiv(count, BLOCK),)](codes.view(torch.int8), table, count, signed, BLOCK, num_warps=4)
 
 
 def layernorm_quantize(

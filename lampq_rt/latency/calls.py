@@ -24,10 +24,14 @@ from lampq_rt.adapters import adapter_for
 from lampq_rt.backends import Formats
 from lampq_rt.formats import FLOAT_BITS
 from lampq_rt.plan import SiteParams
+from lampq_rt.quantizers.table import ENTRIES
 from lampq_rt.sites import Description, Site
 
 _BY_CHANNEL = {f"lampq::{op}_channels": f"lampq::{op}" for op in ("quantize", "linear_requant")}
 """Ops with a step a channel, and those with one step that do the same work: in a table they are one entry."""
+
+_FREE = ("lampq::remap",)
+"""Ops left out: a table's look-up takes microseconds, and its linear is known as that of a uniform 8-bit input."""
 
 CLAMPED = 7
 """Stands for any width below 8 where an op clamps for it."""
@@ -119,7 +123,7 @@ class CallRecorder(TorchDispatchMode):
         before = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         after = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-        if before and (writes or not all(_shares(t, before) for t in after)):
+        if before and func._schema.name not in _FREE and (writes or not all(_shares(t, before) for t in after)):
             call = self._call(func, args, kwargs)
             seen = self.calls.get(call.key)
             self.calls[call.key] = Counted(call, 1 if seen is None else seen.count + 1)
@@ -215,6 +219,8 @@ def blank_params(site: Site, formats: Formats) -> SiteParams:
     tensors = {f"{o}.scale": torch.ones(site.step_shape(o, f.granularity)) for o, f in formats.items() if f.has_steps}
     if "input" in formats and formats["input"].granularity == "channel":
         tensors["input.zero_point"] = torch.zeros_like(tensors["input.scale"])
+    if "input" in formats and formats["input"].scheme == "table":
+        tensors["input.table"] = torch.zeros(ENTRIES, dtype=torch.int8)
     if "weight.scale" in tensors:
         tensors["weight.codes"] = torch.empty((site.out_features, site.in_features), dtype=torch.int8, device="meta")
     return SiteParams(site.kind, dict(formats), tensors, site.params)
