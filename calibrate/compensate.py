@@ -44,6 +44,11 @@ BATCH = 8
 ROWS = 1536
 """Rows of a site's input on which its steps are searched."""
 
+EXTREMES = 32
+EXTREME_SHARE = 0.05
+"""The rows of largest magnitude are looked at, too, and have this say together: massive activations are rare (one token
+of an image, or of ten), but all other tokens attend to them, and a step that clips them is felt everywhere."""
+
 RIDGE = 0.1
 """Share of the moment's mean diagonal that keeps the regression near the given weight."""
 
@@ -200,9 +205,13 @@ class _Work:
         stride = max(1, len(x_hat) // ROWS)
         source = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(x_hat), generator=source)[:ROWS].sort().values
-        rows = x_hat[chosen].contiguous()
+        extreme = x_hat.abs().amax(1).topk(min(EXTREMES, len(x_hat))).indices
         peaks = torch.stack(x_hat.aminmax(dim=0))
-        share = None if share is None else share[chosen]
+        share = x_hat.new_ones(len(x_hat)) if share is None else share
+        weight_of = EXTREME_SHARE / (1.0 - EXTREME_SHARE) * float(share[chosen].sum()) / len(extreme)
+        share = torch.cat((share[chosen], share.new_full((len(extreme),), weight_of)))
+        share = share / share.mean()
+        rows = x_hat[torch.cat((chosen, extreme))].contiguous()
         seen = LinearObservation(rows, float(peaks[0].min()), float(peaks[1].max()), share, peaks)
         return site_params(site, params.formats, seen, weight, self.search)
 
