@@ -23,7 +23,7 @@ from lampq_rt.calibrate.progress import Report
 from lampq_rt.calibrate.recipes import PLAIN, Preparation
 from lampq_rt.calibrate.steps import step_table
 from lampq_rt.errors import BackendError, DataError
-from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS
+from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, TABLE_BITS
 from lampq_rt.kernels.reference import MAX_LOG2_BITS
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
@@ -45,7 +45,7 @@ class Measurements:
         device: where the measuring runs.
         report: told of progress.
         shard: the processes that have the other images.
-        preparation: number formats and rounding; its rewrites have been applied to `model`.
+        preparation: number formats and rounding; its rewrites were applied to `model`.
 
     Raises:
         ModelError, DataError, BackendError: see `check_images`, `check_labels`, `resolve_device`.
@@ -338,7 +338,9 @@ def _styled(site: Site, formats: backends.Formats, preparation: Preparation) -> 
         return formats
     softmax = preparation.softmax if width <= MAX_LOG2_BITS else "rowmax"
     granularity = preparation.fc2_input if site.kind is Kind.FC2 else "tensor"
-    return backends.formats(site.kind, width, p_scheme=softmax, input_granularity=granularity)
+    in_table = site.kind in backends.TABLE_KINDS and width in TABLE_BITS
+    scheme = preparation.scheme if in_table else "uniform"
+    return backends.formats(site.kind, width, p_scheme=softmax, input_granularity=granularity, input_scheme=scheme)
 
 
 def _width(formats: backends.Formats) -> int:

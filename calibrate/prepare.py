@@ -21,9 +21,7 @@ from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
 
 
-def prepared(
-    model: nn.Module, images: Tensor, preparation: Preparation, seed: int
-) -> tuple[nn.Module, dict[str, str]]:
+def prepared(model: nn.Module, images: Tensor, preparation: Preparation, seed: int) -> tuple[nn.Module, dict[str, str]]:
     """The model as the preparation's rewrites leave it, and by rewrite the reason why it does not fit this model.
 
     Args:
@@ -66,6 +64,7 @@ def finished(
             Simulation(model).float().to(device),
             measurements.images.to(device),
             sites,
+            seed=measurements.seed,
             progress=lambda d, n: measurements.report("compensating errors", d, n),
         )
     elif model is not original:

@@ -45,7 +45,10 @@ class Facts:
 
 def provenance(calibration: Calibration, facts: Facts, sites: Mapping[str, SiteParams]) -> dict[str, Any]:
     """The plan's provenance."""
-    costs = {unit: total(calibration.cost(unit), calibration.description, sites) for unit in {**calibration.costs, **facts.limits}}
+    costs = {
+        unit: total(calibration.cost(unit), calibration.description, sites)
+        for unit in {**calibration.costs, **facts.limits}
+    }
     proposal, measurements = facts.proposal, calibration.measurements
     score, allocation = proposal.score, proposal.allocation
     return {
@@ -61,7 +64,9 @@ def provenance(calibration: Calibration, facts: Facts, sites: Mapping[str, SiteP
             "labels": measurements.judge.labels is not None,
         },
         "recipe": facts.recipe.to_json(),
-        "budget": {u: {"asked": facts.budget.limits[u], "limit": facts.limits[u], "reached": costs[u]} for u in facts.limits},
+        "budget": {
+            u: {"asked": facts.budget.limits[u], "limit": facts.limits[u], "reached": costs[u]} for u in facts.limits
+        },
         "costs": {unit: costs[unit] for unit in calibration.costs},
         "full_costs": {unit: cost.full for unit, cost in calibration.costs.items()},
         "nominal_bits": facts.nominal,

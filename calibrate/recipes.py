@@ -16,16 +16,23 @@ class Preparation:
         rewrites: names of function-preserving rewrites (`calibrate/transforms`), in this order.
         softmax: scheme of softmax output of at most 4 bits: "rowmax" or "log2".
         fc2_input: "tensor" or "channel": what shares a step of the input of fc2.
+        scheme: of the inputs of the blocks' linears at 2..7 bits: "uniform" or "table".
         rounding: of weights while bits are chosen: "nearest" or "gptq".
     """
 
     rewrites: tuple[str, ...] = ()
     softmax: str = "rowmax"
     fc2_input: str = "tensor"
+    scheme: str = "uniform"
     rounding: str = "nearest"
 
 
 PLAIN = Preparation()
+
+STRONG = Preparation(
+    ("rotate-residual", "balance-norms"), softmax="log2", fc2_input="channel", scheme="table", rounding="gptq"
+)
+"""The base that `lampq+` chooses bits on; docs/calibration.md says what each part buys."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,38 @@ for _recipe in (
         False,
         True,
         "LampQ as printed: gamma^(-B) alpha_t tr(F)",
+    ),
+    Recipe(
+        "repq",
+        "output-error",
+        (),
+        "uniform",
+        False,
+        False,
+        "RepQ-ViT's reparameterised norms and logarithmic softmax, the same bits everywhere",
+        Preparation(("repq",), softmax="log2"),
+    ),
+    Recipe(
+        "fast",
+        "output-error",
+        (),
+        "uniform",
+        False,
+        False,
+        "rewrites, tables and compensated errors, the same bits everywhere: under a minute",
+        STRONG,
+        compensate=True,
+    ),
+    Recipe(
+        "lampq+",
+        "output-error",
+        ("fisher-output", "fisher-context"),
+        "milp",
+        True,
+        False,
+        "the most accurate: rewrites, tables, LampQ's allocation on measured errors, compensated errors",
+        STRONG,
+        compensate=True,
     ),
 ):
     RECIPES.register(_recipe.name)(_recipe)

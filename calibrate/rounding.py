@@ -20,7 +20,7 @@ DAMPING = 0.01
 
 
 def weighted_moment(rows: Tensor, worth: Tensor) -> Tensor:
-    """fp32 [K, K]: second moment of rows [R, K] about their mean, each counting `worth` [R] (the bias takes the mean)."""
+    """fp32 [K, K]: second moment of rows [R, K] about their mean, the bias's work; a row counts `worth` [R]."""
     share = worth / worth.sum()
     centred = rows - share @ rows
     return centred.t() @ (centred * share[:, None])

@@ -8,11 +8,12 @@ floating-point model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from lampq_rt.calibrate.observe import LinearObservation, Observation, Progress, PVObservation, QKObservation
 from lampq_rt.calibrate.linear_steps import LinearSteps
+from lampq_rt.calibrate.observe import LinearObservation, Observation, Progress, PVObservation, QKObservation
 from lampq_rt.calibrate.search import SEARCHES, Steps
 from lampq_rt.errors import DataError, FormatError
 from lampq_rt.formats import Format

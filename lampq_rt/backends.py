@@ -9,7 +9,7 @@ import torch
 from lampq_rt.errors import BackendError, FormatError
 from lampq_rt.formats import FLOAT, FLOAT_BITS, INTEGER_BITS, SOFTMAX_SCHEMES, Format
 from lampq_rt.kernels.reference import MAX_LOG2_BITS
-from lampq_rt.sites import Kind, Site
+from lampq_rt.sites import BLOCK_LINEARS, Kind, Site
 
 TARGETS = ("any", "cpu", "cuda")
 """What `calibrate --target` accepts: "any" is what every backend can run."""
@@ -17,8 +17,8 @@ TARGETS = ("any", "cpu", "cuda")
 Formats = Mapping[str, Format]
 """One choice for a site: a format per operand."""
 
-TABLE_KINDS = (Kind.FC2, Kind.PROJ)
-"""Kinds whose input may have levels from a table: behind GELU and attention, where values crowd near 0."""
+TABLE_KINDS = BLOCK_LINEARS
+"""Kinds whose input may have levels from a table."""
 
 
 def formats(
@@ -39,7 +39,7 @@ def formats(
         p_scheme: of softmax output: "rowmax", or "log2", which has at most 4 bits.
         input_granularity: of a linear's input: "tensor", or "channel", which fc2 has alone: GELU of fc1 makes its
             codes, where a step a column costs nothing.
-        input_scheme: of a linear's input: "uniform", or "table", which fc2 and proj have, at 2..7 bits.
+        input_scheme: of a linear's input: "uniform", or "table", which the blocks' linears have, at 2..7 bits.
 
     Raises:
         FormatError: no such scheme of softmax output, or not at that width; no such granularity at that kind; no such
@@ -56,7 +56,7 @@ def formats(
         allowed = "tensor, channel" if kind is Kind.FC2 else "tensor (channel at fc2 only)"
         raise FormatError(f"granularity {input_granularity!r} of the input of a {kind}; allowed: {allowed}")
     if input_scheme not in (("uniform", "table") if kind in TABLE_KINDS else ("uniform",)):
-        allowed = "uniform, table" if kind in TABLE_KINDS else "uniform (table at fc2 and proj only)"
+        allowed = "uniform, table" if kind in TABLE_KINDS else "uniform (table at linears of blocks only)"
         raise FormatError(f"scheme {input_scheme!r} of the input of a {kind}; allowed: {allowed}")
     if input_bits is None:
         input_bits = 8 if kind is Kind.PATCH_EMBED else bits

@@ -28,7 +28,7 @@ class Format:
 
     Attributes:
         bits: width of a code, 2..8, or 16 for floating point.
-        scheme: name of the quantizer (`lampq_rt.quantizers`): "uniform"; "table" for inputs of fc2 and proj whose
+        scheme: name of the quantizer (`lampq_rt.quantizers`): "uniform"; "table" for inputs of blocks' linears whose
             levels lie anywhere on the 8-bit grid (docs/numerics.md, "Tables"), 2..7 bits; "rowmax" for softmax output
             whose row maximum has the top code, "log2" for softmax output in powers of two (rule 7); "float" for 16
             bits.

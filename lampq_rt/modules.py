@@ -150,7 +150,7 @@ class IntegerLinear(nn.Module):
             dtype: of a floating-point result.
             vectors: of the linear that reads the codes, where it has a step a channel.
         """
-        args = (self._levels(x_q), self.w_q, self.scale, self.column, self.bias, activation)
+        args = (self.levels(x_q), self.w_q, self.scale, self.column, self.bias, activation)
         if out.bits == FLOAT_BITS:
             return ops(self.backend).linear_float(*args, dtype)
         tail = (out.bits, out.container(x_q, self.backend))
@@ -164,14 +164,14 @@ class IntegerLinear(nn.Module):
 
     def add_to(self, x: Tensor, x_q: Tensor) -> None:
         """x += the result, in place."""
-        ops(self.backend).linear_residual(x, self._levels(x_q), self.w_q, self.scale, self.column, self.bias)
+        ops(self.backend).linear_residual(x, self.levels(x_q), self.w_q, self.scale, self.column, self.bias)
 
     def add_to_and_norm(self, x: Tensor, x_q: Tensor, norm: QuantizingNorm) -> Tensor:
         """x += the result, in place; the codes that `norm`, a LayerNorm's, makes of the new x."""
-        args = (x, self._levels(x_q), self.w_q, self.scale, self.column, self.bias)
+        args = (x, self.levels(x_q), self.w_q, self.scale, self.column, self.bias)
         return ops(self.backend).linear_residual_layernorm(*args, *norm.layernorm(), *norm.codes(x))
 
-    def _levels(self, x_q: Tensor) -> Tensor:
+    def levels(self, x_q: Tensor) -> Tensor:
         """What the dot product reads, of the codes that came: `x_q` itself, remapped where there is a table."""
         if self.table is not None:
             ops(self.backend).remap(x_q, self.table)
@@ -246,7 +246,7 @@ class IntegerAttention(nn.Module):
 
     def heads_from_codes(self, qkv: IntegerLinear, x_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v codes from the codes that enter the qkv linear."""
-        args = (x_q, qkv.w_q, qkv.scale, qkv.column, qkv.bias)
+        args = (qkv.levels(x_q), qkv.w_q, qkv.scale, qkv.column, qkv.bias)
         return ops(self.backend).linear_qkv(*args, self.heads, self.steps, self.qk_bits, self.v_bits)
 
     def heads_from_float(self, qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,9 +90,7 @@ def test_a_checkpoint_keeps_them_once(tmp_path: Path, model: nn.Module, images: 
         ("head.bias", torch.ones(3), "shape (3,)"),
     ],
 )
-def test_edits_that_do_not_fit(
-    model: nn.Module, plan: Plan, name: str, tensor: Tensor, words: str
-) -> None:
+def test_edits_that_do_not_fit(model: nn.Module, plan: Plan, name: str, tensor: Tensor, words: str) -> None:
     with pytest.raises(PlanError, match=name) as caught:
         lampq_rt.compile(model, replace(plan, edits={name: tensor}))
     assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -307,7 +307,7 @@ def test_what_such_a_format_may_not_be(small: Case, tmp_path: Path) -> None:
 
     four = Format(4, "table", "tensor", False)
     for name in ("blocks.0.mlp.fc1", "blocks.0.attn.qkv", "head", "patch_embed.proj"):
-        assert "allowed: uniform (table at fc2 and proj only)" in message(name, FormatError, four)
+        assert "allowed: uniform (table at linears of blocks only)" in message(name, FormatError, four)
     assert "this runtime executes" in message(PROJ, FormatError, replace(four, symmetric=True))
     assert "channel at fc2 only" in message(PROJ, FormatError, replace(four, granularity="channel"))
     levels = plan.sites[PROJ].tensors["input.table"]
@@ -329,7 +329,7 @@ def test_what_such_a_format_may_not_be(small: Case, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"scheme 'log' of the input of a fc2; allowed: uniform, table"):
         backends.formats(Kind.FC2, 4, input_scheme="log")
     with pytest.raises(FormatError, match=r"scheme 'table' of the input of a qkv; allowed: uniform \(table at"):
-        backends.formats(Kind.QKV, 4, input_scheme="table")
+        backends.formats(Kind.HEAD, 4, input_scheme="table")
 
 
 def test_a_zero_point_is_one_of_the_grid(small: Case, tmp_path: Path) -> None:

@@ -81,9 +81,7 @@ def attentions(model: Any, description: Description) -> Iterator[Attention]:
         attn = module.attn
         if _foldable(module.norm1) and attn.qkv.bias is not None and attn.proj.bias is not None:
             normalises = not isinstance(attn.q_norm, nn.Identity)
-            yield Attention(
-                module.norm1, attn.qkv, attn.proj, attn.num_heads, f"blocks.{block}.attn", normalises
-            )
+            yield Attention(module.norm1, attn.qkv, attn.proj, attn.num_heads, f"blocks.{block}.attn", normalises)
 
 
 def mlps(model: Any, description: Description) -> Iterator[Mlp]:
@@ -157,11 +155,10 @@ def hadamard(size: int) -> Tensor | None:
 def _paley12() -> Tensor:
     """Paley's construction for the field of 11 elements."""
     squares = {x * x % 11 for x in range(1, 11)}
-    jacobsthal = torch.tensor([[0 if i == j else (1 if (i - j) % 11 in squares else -1) for j in range(11)] for i in range(11)])
+    signs = [[0 if i == j else (1 if (i - j) % 11 in squares else -1) for j in range(11)] for i in range(11)]
+    jacobsthal = torch.tensor(signs)
     matrix = torch.ones(12, 12, dtype=torch.float64)
     matrix[1:, 1:] = jacobsthal.double() + torch.eye(11, dtype=torch.float64)
     matrix[1:, 0] = -1.0
     matrix[0, 0] = 1.0
     return matrix
-
-

@@ -8,9 +8,9 @@
 A quantiser with one step a head adds noise in proportion to the trace of its operand's second moment, and the other
 operand multiplies it: the error of q.k is in proportion to tr(Sq) tr(Sk). Among all A that product is least where both
 moments become the same diagonal matrix (the balanced realisation of control theory, Moore 1981), and equals the
-squared sum of the square roots of the eigenvalues of Sq Sk. A Hadamard rotation (QuaRot 2404.00456) then spreads it evenly
-over the channels, without which the largest channel would set the step of all. For proj the partner of the attention's
-output is W^T W, and the same product also governs the rounding error of its weights.
+squared sum of the square roots of the eigenvalues of Sq Sk. A Hadamard rotation (QuaRot 2404.00456) then spreads it
+evenly over the channels, without which the largest channel would set the step of all. For proj the partner of the
+attention's output is W^T W, and the same product also governs the rounding error of its weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.k_sum = self.kk = self.qq = self.v_sum = self.oo = torch.zeros(())
+        self.k_sum = self.kk = self.qq = self.v_sum = self.oo = self.o_sum = torch.zeros((), dtype=torch.float64)
 
     def see_qk(self, q: Tensor, k: Tensor) -> None:
         """[B, H, N, d] twice."""
@@ -57,7 +57,7 @@ class _Moments:
         """[B, N, H*d]."""
         out = x.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(0, 1).double()
         self.oo = self.oo + out.mT @ out
-        self.o_sum = getattr(self, "o_sum", 0.0) + out.sum(1)
+        self.o_sum = self.o_sum + out.sum(1)
 
 
 @torch.no_grad()

@@ -29,9 +29,8 @@ def fold_layer_scale(model: Any, context: Context) -> None:
     """Multiply the rows of proj and fc2 with LayerScale's gamma, which becomes 1."""
     for block in model.blocks:
         attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-        pairs = ((getattr(block, "ls1", None), getattr(attn, "proj", None)), (getattr(block, "ls2", None), getattr(mlp, "fc2", None)))
-        for scale, linear in pairs:
-            gamma = getattr(scale, "gamma", None)
+        for name, linear in (("ls1", getattr(attn, "proj", None)), ("ls2", getattr(mlp, "fc2", None))):
+            gamma = getattr(getattr(block, name, None), "gamma", None)
             if gamma is None or not isinstance(linear, nn.Linear):
                 continue
             set_parameter(linear.weight, linear.weight.double() * gamma.double()[:, None])
