@@ -27,7 +27,7 @@ import lampq_rt
 from benchmarks.markdown import put_between
 from lampq_rt import images, models
 from lampq_rt.bench import machine
-from lampq_rt.calibrate import Budget, calibrate
+from lampq_rt.calibrate import RECIPES, Budget, calibrate
 from lampq_rt.evaluate import kl_divergence
 
 ROWS = Path(__file__).parent / "results" / "accuracy.jsonl"
@@ -53,7 +53,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Markdown file with the two markers.")] = Path("docs/results.md"),
     only: Annotated[str, typer.Option(help="Only models whose name starts with this.")] = "",
     calib_images: Annotated[str, typer.Option(help="Sizes of the calibration set, in this order.")] = "32,128",
-    recipes: Annotated[str, typer.Option(help="Recipes beside uniform.")] = "lampq,lampq-paper",
+    recipes: Annotated[str, typer.Option(help="Recipes beside uniform.")] = "lampq,lampq-paper,repq,fast,lampq+",
     limit: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
 ) -> None:
     """Fill in the rows that are missing and write the tables."""
@@ -71,7 +71,9 @@ def main(
 
 def _work(recipes: list[str]) -> Iterator[tuple[str, int]]:
     yield from (("uniform", bits) for bits in UNIFORM_WIDTHS)
-    yield from ((recipe, bits) for recipe in recipes for bits in MIXED_WIDTHS)
+    for recipe in recipes:
+        widths = UNIFORM_WIDTHS if RECIPES.get(recipe).allocator == "uniform" else MIXED_WIDTHS
+        yield from ((recipe, bits) for bits in widths)
 
 
 def _rows(data: Path, name: str, count: int, limit: int, wanted: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:

@@ -57,21 +57,51 @@ def finished(
     if recipe.compensate:
         if measurements.shard.world > 1:
             raise DataError(f"recipe {recipe.name} sees all images in one process; allowed under torchrun: lampq")
-        device = next(measurements.simulation.parameters()).device
-        measurements.simulation.reset()
-        found, biases = compensate(
-            measurements.simulation,
-            Simulation(model).float().to(device),
-            measurements.images.to(device),
-            sites,
-            seed=measurements.seed,
-            progress=lambda d, n: measurements.report("compensating errors", d, n),
-        )
+        found, biases = _best_compensated(measurements, model, sites)
     elif model is not original:
         found = {name: _with_codes(measurements, name, params) for name, params in sites.items()}
     integer = frozenset(f"{name}.weight" for name, params in found.items() if not params.is_float)
     edits = {} if model is original else differences(original, model, integer)
     return found, {**edits, **{name: bias.float().cpu() for name, bias in biases.items()}}
+
+
+def _best_compensated(
+    measurements: Measurements, model: nn.Module, sites: Mapping[str, SiteParams]
+) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
+    """Compensated sites and biases; where fc2's inputs have steps by channel, also with one step, and the better kept.
+
+    One step a channel saves ViT-Tiny at 8 bits from an activation of 215 (KL 0.070 to 0.016), and costs DeiT-Tiny,
+    which has no such thing, a KL of 0.012 instead of 0.005.
+    """
+    device = next(measurements.simulation.parameters()).device
+    images, judge = measurements.images.to(device), measurements.plan_judge
+    options = [dict(sites)]
+    if any("input" in p.formats and p.formats["input"].granularity == "channel" for p in sites.values()):
+        options.append({name: _by_tensor(params) for name, params in sites.items()})
+    best: tuple[float, dict[str, SiteParams], dict[str, Tensor]] | None = None
+    for number, option in enumerate(options):
+        measurements.simulation.reset()
+        quantised = Simulation(model).float().to(device)
+
+        def report(done: int, total: int, before: int = number) -> None:
+            measurements.report("compensating errors", before * total + done, len(options) * total)
+
+        found, biases = compensate(
+            measurements.simulation, quantised, images, option, seed=measurements.seed, progress=report
+        )
+        divergence = judge(quantised).divergence if len(options) > 1 else 0.0
+        if best is None or divergence < best[0]:
+            best = divergence, found, biases
+    assert best is not None
+    return best[1], best[2]
+
+
+def _by_tensor(params: SiteParams) -> SiteParams:
+    """The same formats with one step for the whole input; its steps are to be searched anew."""
+    fmt = params.formats.get("input")
+    if fmt is None or fmt.granularity != "channel":
+        return params
+    return replace(params, formats={**params.formats, "input": replace(fmt, granularity="tensor")}, tensors={})
 
 
 def _with_codes(measurements: Measurements, name: str, params: SiteParams) -> SiteParams:

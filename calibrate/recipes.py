@@ -30,7 +30,11 @@ class Preparation:
 PLAIN = Preparation()
 
 STRONG = Preparation(
-    ("rotate-residual", "balance-norms"), softmax="log2", fc2_input="channel", scheme="table", rounding="gptq"
+    ("rotate-residual", "rotate-heads", "balance-norms"),
+    softmax="log2",
+    fc2_input="channel",
+    scheme="table",
+    rounding="gptq",
 )
 """The base that `lampq+` chooses bits on; docs/calibration.md says what each part buys."""
 

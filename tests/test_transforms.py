@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lampq_rt.adapters import describe
 from lampq_rt.calibrate.transforms import TRANSFORMS, Context
 from lampq_rt.calibrate.transforms.base import hadamard, random_orthogonal
-from lampq_rt.calibrate.transforms.heads import balanced
 from lampq_rt.calibrate.transforms.rotation import mean_preserving_rotation
 from lampq_rt.simulate import Simulation
 from tests.plans import VARIANTS, tiny_vit
@@ -53,7 +52,7 @@ def test_answers_stay(name: str, variant: str) -> None:
 def test_all_in_a_row_leave_the_answers() -> None:
     model = tiny_vit(init_values=0.5, depth=3)
     images = images_for(model)
-    twin, _ = rewritten(model, images, "rotate-residual", "balance-heads", "balance-norms")
+    twin, _ = rewritten(model, images, "rotate-residual", "rotate-heads", "balance-norms")
     assert error(model, twin, images) < 1e-4
 
 
@@ -96,24 +95,10 @@ def test_a_rotation_spreads_an_outlier() -> None:
     assert float((mean_preserving_rotation(192, 0) @ x).abs().max()) < 25.0
 
 
-def test_balanced_moments_are_equal_diagonals_of_least_product() -> None:
-    source = torch.Generator().manual_seed(0)
-    roots = [torch.randn(2, 8, 8, generator=source, dtype=torch.float64) for _ in range(2)]
-    first, second = (root @ root.mT for root in roots)
-    to, back = balanced(first, second)
-    assert torch.allclose(to @ back, torch.eye(8, dtype=torch.float64).expand(2, 8, 8), atol=1e-8)
-    a, b = to @ first @ to.mT, back.mT @ second @ back
-    assert torch.allclose(a, b, rtol=2e-2, atol=2e-2)  # equal up to the damping
-    diagonal = a.diagonal(dim1=-2, dim2=-1)
-    assert float((a - torch.diag_embed(diagonal)).abs().max()) < 2e-2 * float(diagonal.max())
-    traces = [m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (a, b, first, second)]
-    assert bool((traces[0] * traces[1] <= traces[2] * traces[3]).all())
-
-
 def test_k_and_v_lose_their_means() -> None:
     model = tiny_vit()
     images = images_for(model)
-    twin, _ = rewritten(model, images, "balance-heads")
+    twin, _ = rewritten(model, images, "rotate-heads")
     simulation = Simulation(twin)
     seen: dict[str, Tensor] = {}
     for operand in ("qk", "pv"):
