@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +110,7 @@ class _Walk:
 
     def __init__(self, exact: Simulation, quantised: Simulation, images: Tensor) -> None:
         self.models, self.images = (exact, quantised), images
+        self.blocks: list[Any] = [model.model.blocks for model in self.models]
         self.block: int | None = None
         self.streams: list[Tensor] = []
 
@@ -119,20 +121,20 @@ class _Walk:
         else:
             self._advance(site.block)
             found = [
-                _capture(m.module(site.name), m.model.blocks[site.block], stream)
-                for m, stream in zip(self.models, self.streams, strict=True)
+                _capture(m.module(site.name), blocks[site.block], stream)
+                for m, blocks, stream in zip(self.models, self.blocks, self.streams, strict=True)
             ]
         return found[0], found[1]
 
     def _advance(self, block: int) -> None:
         """Move both residual streams to the input of `block`."""
         if self.block is None:
-            self.streams = [_capture(m.model.blocks[0], m, self.images)[0] for m in self.models]
+            self.streams = [_capture(b[0], m, self.images)[0] for m, b in zip(self.models, self.blocks, strict=True)]
             self.block = 0
         while self.block < block:
             self.streams = [
-                torch.cat([m.model.blocks[self.block](part) for part in stream.split(BATCH)])
-                for m, stream in zip(self.models, self.streams, strict=True)
+                torch.cat([blocks[self.block](part) for part in stream.split(BATCH)])
+                for blocks, stream in zip(self.blocks, self.streams, strict=True)
             ]
             self.block += 1
 

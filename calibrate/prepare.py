@@ -53,7 +53,7 @@ def finished(
     Raises:
         DataError: the images are spread over several processes, and the recipe compensates.
     """
-    found, biases = dict(sites), {}
+    found, biases = dict(sites), dict[str, Tensor]()
     if recipe.compensate:
         if measurements.shard.world > 1:
             raise DataError(f"recipe {recipe.name} sees all images in one process; allowed under torchrun: lampq")

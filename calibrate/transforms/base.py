@@ -63,6 +63,11 @@ class Attention:
     name: str
     normalises_heads: bool
 
+    @property
+    def ends(self) -> tuple[nn.Linear, nn.Linear]:
+        """What reads the residual stream, and what writes to it."""
+        return self.qkv, self.proj
+
 
 @dataclass(frozen=True)
 class Mlp:
@@ -72,6 +77,11 @@ class Mlp:
     fc1: nn.Linear
     fc2: nn.Linear
     name: str
+
+    @property
+    def ends(self) -> tuple[nn.Linear, nn.Linear]:
+        """What reads the residual stream, and what writes to it."""
+        return self.fc1, self.fc2
 
 
 def attentions(model: Any, description: Description) -> Iterator[Attention]:
@@ -119,7 +129,7 @@ def watch(model: nn.Module, images: Tensor, watchers: dict[str, Callable[..., No
             handle.remove()
 
 
-def set_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+def set_parameter(parameter: Tensor, value: Tensor) -> None:
     """Give `parameter` a new value, any precision, of its shape."""
     assert parameter.shape == value.shape, (parameter.shape, value.shape)
     parameter.data = value.to(parameter.dtype).contiguous()

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lampq_rt.calibrate.transforms.base import TRANSFORMS, Context, attentions, mlps, random_orthogonal, set_parameter
+from lampq_rt.calibrate.transforms.base import (
+    TRANSFORMS,
+    Attention,
+    Context,
+    Mlp,
+    attentions,
+    mlps,
+    random_orthogonal,
+    set_parameter,
+)
 from lampq_rt.calibrate.transforms.norms import fold_layer_scale, fold_norm
 
 
@@ -26,14 +35,16 @@ def rotate_residual(model: Any, context: Context) -> str | None:
         return reason
     fold_layer_scale(model, context)
     rotation = mean_preserving_rotation(model.embed_dim, context.seed)
-    for reader in (*attentions(model, context.description), *mlps(model, context.description)):
-        linear = reader.qkv if hasattr(reader, "qkv") else reader.fc1
-        writer = reader.proj if hasattr(reader, "qkv") else reader.fc2
-        fold_norm(reader.norm, [linear])
-        _read(linear, rotation)
+    parts: list[Attention | Mlp] = [*attentions(model, context.description), *mlps(model, context.description)]
+    for part in parts:
+        reader, writer = part.ends
+        fold_norm(part.norm, [reader])
+        _read(reader, rotation)
         _write(writer, rotation)
     heads = _heads(model)
-    fold_norm(_last_norm(model), heads)
+    last = _last_norm(model)
+    assert isinstance(last, nn.LayerNorm)
+    fold_norm(last, heads)
     for head in heads:
         _read(head, rotation)
     conv = model.patch_embed.proj
