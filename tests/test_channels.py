@@ -176,7 +176,7 @@ def test_diff_and_inspect_say_it(small: Case) -> None:
     params = plan.sites[FC2]
     moved = {**params.tensors, "input.zero_point": params.tensors["input.zero_point"] + 2}
     other = plan.with_sites({FC2: replace(params, tensors=moved)})
-    assert plan.diff(other) == [f"{FC2}: input.zero_point moved by up to 2 steps"]
+    assert plan.diff(other) == [f"{FC2}: input.zero_point moved by up to 2"]
     layer = _layer(FC2, params, None)
     assert layer.formats["input"] == "8 by channel"
     one = _layer(FC2, range_plan(model, images).sites[FC2], None)

@@ -1,0 +1,99 @@
+"""Compensated plans: nearer to the floating-point model, served as simulated, on every kind of ViT."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lampq_rt
+from lampq_rt import Plan
+from lampq_rt.calibrate import RECIPES, Budget, calibrate
+from lampq_rt.simulate import simulate
+from tests.plans import VARIANTS, tiny_vit
+
+STRONG = [name for name in RECIPES if RECIPES.get(name).compensate]
+REWRITING = [name for name in RECIPES if RECIPES.get(name).preparation.rewrites]
+
+
+def images_for(model: nn.Module, count: int = 8) -> Tensor:
+    return torch.randn(count, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@torch.inference_mode()
+def test_it_beats_rounding_each_layer_alone() -> None:
+    model = tiny_vit(depth=3)
+    images = images_for(model, 16)
+    others = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+    calibration = calibrate(model, images)
+    plain, strong = (calibration.plan(Budget(mean_bits=4), name) for name in ("uniform", "fast"))
+    errors = [distance(lampq_rt.compile(model, p)(others), model(others)) for p in (plain, strong)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_every_kind_of_vit(variant: str) -> None:
+    model = tiny_vit(**VARIANTS[variant])
+    images = images_for(model)
+    before = copy.deepcopy(model.state_dict())
+    plan = calibrate(model, images).plan(Budget(mean_bits=5), "fast")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert set(plan.provenance["refused_rewrites"]) <= {"rotate-residual", "rotate-heads"}
+    with torch.inference_mode():
+        served, reference = (lampq_rt.compile(model, plan, backend=b)(images) for b in ("native", "reference"))
+        simulated, exact = simulate(model, plan)(images), model(images)
+    assert distance(served, reference) < 0.25 * distance(reference, exact)
+    assert distance(simulated, reference) < 0.25 * distance(reference, exact)
+
+
+@pytest.mark.parametrize("recipe", REWRITING)
+def test_plans_survive_the_disk(recipe: str, tmp_path: Path) -> None:
+    model = tiny_vit(init_values=0.5)
+    images = images_for(model)
+    plan = calibrate(model, images).plan(Budget(mean_bits=4), recipe)
+    assert plan.edits and all("weight.codes" in p.tensors for p in plan.sites.values() if "weight" in p.formats)
+    plan.save(tmp_path / "x.plan")
+    compiled = lampq_rt.compile(model, Plan.load(tmp_path / "x.plan"))
+    compiled.save(tmp_path / "x.lampq")
+    again = lampq_rt.load(tmp_path / "x.lampq")
+    with torch.inference_mode():
+        assert torch.equal(compiled(images), again(images))
+        assert torch.equal(compiled(images), lampq_rt.compile(model, plan)(images))
+    assert again.plan.digest == plan.digest
+
+
+@pytest.mark.parametrize("recipe", STRONG)
+def test_equal_work_gives_equal_plans(recipe: str) -> None:
+    model = tiny_vit()
+    images = images_for(model)
+    first, second = (calibrate(model, images, seed=3).plan(Budget(mean_bits=4), recipe) for _ in range(2))
+    assert first.digest == second.digest and first.diff(second) == []
+
+
+def test_floating_point_layers_take_the_rewritten_weight() -> None:
+    """A plan may leave sites at 16 bits; their weights are edits then."""
+    from dataclasses import replace
+
+    from lampq_rt.calibrate.prepare import finished
+    from lampq_rt.formats import FLOAT
+
+    model = tiny_vit()
+    images = images_for(model)
+    calibration = calibrate(model, images)
+    recipe = RECIPES.get("fast")
+    prepared = calibration._for(recipe.preparation)
+    plan = prepared.plan(Budget(mean_bits=8), "fast")
+    name = "blocks.0.attn.qkv"
+    floating = replace(plan.sites[name], formats=dict.fromkeys(("weight", "input"), FLOAT), tensors={})
+    sites, edits = finished(prepared.measurements, model, prepared.model, {**plan.sites, name: floating}, recipe)
+    assert f"{name}.weight" in edits
+    mixed = replace(plan, sites=sites, edits=edits)
+    with torch.inference_mode():
+        assert distance(lampq_rt.compile(model, mixed)(images), model(images)) < 0.1
