@@ -43,7 +43,9 @@ def calibrate(
             help="Another budget, also several: weight_bytes=15%, bops=20%, latency_ms=2@8 (batch 8), speedup=2@8.",
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="uniform, lampq, lampq-paper, repq, fast or lampq+ (most accurate).")] = "lampq",
+    recipe: Annotated[
+        str, typer.Option(help="uniform, lampq, lampq-paper, repq, fast or lampq+ (most accurate).")
+    ] = "lampq",
     labels: Labels = None,
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,

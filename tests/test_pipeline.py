@@ -88,7 +88,7 @@ def test_every_recipe_gives_a_plan_that_fits_model_and_budget(
     assert facts["budget"]["mean_bits"] == {"asked": 4.0, "limit": 4.0, "reached": facts["costs"]["mean_bits"]}
     assert set(facts["costs"]) == {"bops", "mean_bits", "weight_bytes"}
     linears = [name for name, site in plan.sites.items() if site.kind in BLOCK_LINEARS]
-    assert list(facts["sensitivity"]) == ([] if recipe == "uniform" else linears)
+    assert list(facts["sensitivity"]) == ([] if RECIPES.get(recipe).allocator == "uniform" else linears)
 
 
 def test_the_same_seed_gives_the_same_plan_and_the_model_is_left_alone(
@@ -167,7 +167,9 @@ def test_labels_that_do_not_fit_are_refused(
 
 
 def test_unknown_names_and_devices_are_refused(model: VisionTransformer, images: Tensor) -> None:
-    with pytest.raises(UnknownNameError, match="unknown recipe 'best'; known: lampq, lampq-paper, uniform"):
+    with pytest.raises(
+        UnknownNameError, match="unknown recipe 'best'; known: fast, lampq, lampq\\+, lampq-paper, repq, uniform"
+    ):
         make_plan(model, images, budget=Budget(mean_bits=4), recipe="best")
     with pytest.raises(BackendError, match="target"):
         calibrate(model, images, target="tpu")
