@@ -328,7 +328,7 @@ def test_what_such_a_format_may_not_be(small: Case, tmp_path: Path) -> None:
             Format(bits, "table", "tensor", False)
     with pytest.raises(FormatError, match=r"scheme 'log' of the input of a fc2; allowed: uniform, table"):
         backends.formats(Kind.FC2, 4, input_scheme="log")
-    with pytest.raises(FormatError, match=r"scheme 'table' of the input of a qkv; allowed: uniform \(table at"):
+    with pytest.raises(FormatError, match=r"scheme 'table' of the input of a head; allowed: uniform \(table at"):
         backends.formats(Kind.HEAD, 4, input_scheme="table")
 
 
