@@ -38,7 +38,7 @@ def steps() -> Iterator[tuple[str, Recipe]]:
     plain, strong = RECIPES.get("uniform"), RECIPES.get("lampq+")
     preparation = PLAIN
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("uniform", {}),
+        ("uniform bits, nearest", {}),
         ("+ log2 softmax", {"softmax": "log2"}),
         ("+ tables of levels", {"scheme": "table"}),
         ("+ rotate-residual", {"rewrites": ("rotate-residual",)}),
