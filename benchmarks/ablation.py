@@ -14,14 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
 import lampq_rt
 from benchmarks.markdown import put_between
-from benchmarks.results import BATCH, MODELS
+from benchmarks.results import MODELS, answers
 from lampq_rt import images, models
 from lampq_rt.calibrate import RECIPES, Budget, calibrate
 from lampq_rt.calibrate.recipes import PLAIN, Recipe
@@ -36,7 +34,7 @@ console = Console()
 def steps() -> Iterator[tuple[str, Recipe]]:
     """Label and recipe, each with what the one before has and something more; registered under the label."""
     plain, strong = RECIPES.get("uniform"), RECIPES.get("lampq+")
-    preparation = PLAIN
+    preparation, compensate = PLAIN, "+ compensation in order"
     changes: list[tuple[str, dict[str, Any]]] = [
         ("uniform bits, nearest", {}),
         ("+ log2 softmax", {"softmax": "log2"}),
@@ -45,14 +43,13 @@ def steps() -> Iterator[tuple[str, Recipe]]:
         ("+ rotate-heads", {"rewrites": ("rotate-residual", "rotate-heads")}),
         ("+ balance-norms", {"rewrites": strong.preparation.rewrites}),
         ("+ GPTQ, site by site", {"rounding": "gptq"}),
-        ("+ compensation in order", {}),
+        (compensate, {}),
         ("+ steps by channel before fc2", {"fc2_input": "channel"}),
     ]
-    compensate = False
-    for label, change in changes:
+    labels = [label for label, _ in changes]
+    for number, (label, change) in enumerate(changes):
         preparation = replace(preparation, **change)
-        compensate = compensate or label == "+ compensation in order"
-        recipe = replace(plain, name=label, preparation=preparation, compensate=compensate)
+        recipe = replace(plain, name=label, preparation=preparation, compensate=number >= labels.index(compensate))
         RECIPES.register(label)(recipe)
         yield label, recipe
     yield "+ allocation: lampq+", strong
@@ -72,23 +69,18 @@ def main(
         chosen = images.choose(every, CALIBRATION, seed=0)
         others = images.spread([path for path in every if path not in set(chosen)], HELD_OUT)
         pixels = images.load_images(others, images.preprocessing(name))
-        exact = _answers(model, pixels)
+        exact = answers(model, pixels)
         calibration = calibrate(model, images.load_images(chosen, images.preprocessing(name)))
         for label, recipe in recipes:
             start = time.perf_counter()
             plan = calibration.plan(Budget(mean_bits=bits), recipe.name)
             seconds = time.perf_counter() - start
-            answers = _answers(lampq_rt.compile(model, plan), pixels)
-            agreement = float((answers.argmax(1) == exact.argmax(1)).double().mean()) * 100
-            found[name, label] = float(kl_divergence(exact, answers).mean()), agreement, seconds
+            found_here = answers(lampq_rt.compile(model, plan), pixels)
+            agreement = float((found_here.argmax(1) == exact.argmax(1)).double().mean()) * 100
+            found[name, label] = float(kl_divergence(exact, found_here).mean()), agreement, seconds
             console.print(name, label, *(f"{value:.4g}" for value in found[name, label]))
     if out is not None:
         put_between(out, "ablation", _table(recipes, found, bits))
-
-
-def _answers(run: Any, pixels: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return torch.cat([run(batch) for batch in pixels.split(BATCH)])
 
 
 def _table(

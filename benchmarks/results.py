@@ -110,17 +110,18 @@ def evaluated(data: Path, name: str, model: nn.Module, limit: int) -> Evaluated:
     files = images.spread(every, limit)
     labels = images.read_labels(folder / "labels.csv", folder, every, 1000)
     pixels = images.load_images(files, images.preprocessing(name))
-    return Evaluated(pixels, torch.tensor([labels[f] for f in files]), _logits(model, pixels))
+    return Evaluated(pixels, torch.tensor([labels[f] for f in files]), answers(model, pixels))
 
 
-def _logits(run: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+def answers(run: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """fp32 logits [n, classes] of all the images, in batches."""
     with torch.inference_mode():
         return torch.cat([run(batch) for batch in pixels.split(BATCH)])
 
 
 def compare(run: Callable[[Tensor], Tensor], on: Evaluated) -> dict[str, float]:
     """Percent right, percent lost to fp32, percent that agree with it, and KL in nats."""
-    found = _logits(run, on.images)
+    found = answers(run, on.images)
 
     def percent(right: Tensor) -> float:
         return round(float(right.double().mean()) * 100, 2)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lampq_rt import channels
 from lampq_rt.calibrate.observe import (
     BATCH,
     LOGIT_IMAGES,
@@ -155,10 +156,8 @@ class _Linear:
     def solve(self, params: SiteParams, search: str) -> tuple[SiteParams, Tensor | None]:
         """Steps and codes, and the new bias where the linear has one."""
         params = site_params(self.site, params.formats, self._sample(), self.weight, search)
-        channels = params.tensors["input.scale"].to(self.x)
-        x, weight = quantized_input(self.x_hat, params), self.weight
-        if channels.ndim:  # steps by channel are multiplied into the weight before it is quantised
-            x, weight = x / channels, weight * channels
+        x = channels.scaled_input(quantized_input(self.x_hat, params), params)
+        weight = channels.scaled_weight(self.weight, params)
         moment = weighted_moment(x, self.worth)
         weight = weight + self._regression(x, weight, moment)
         bits = params.formats["weight"].bits

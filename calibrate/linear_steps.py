@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lampq_rt import channels
 from lampq_rt.calibrate.observe import LinearObservation
 from lampq_rt.calibrate.rounding import gptq, weighted_moment
 from lampq_rt.calibrate.search import RangeSearch, Steps, weight_scale
@@ -24,6 +25,7 @@ from lampq_rt.formats import Format
 from lampq_rt.inputs import quantized_input
 from lampq_rt.plan import SiteParams
 from lampq_rt.quantizers import QUANTIZERS
+from lampq_rt.quantizers.table import GRID_BITS
 from lampq_rt.simulate import quantized_weight
 from lampq_rt.sites import Site
 
@@ -79,13 +81,9 @@ class LinearSteps:
         tensors = found[0]
         if self.rounding == "gptq":
             params = SiteParams(site.kind, formats, tensors)
-            x = quantized_input(self.seen.rows, params)
-            scaled = self.weight
-            if tensors["input.scale"].ndim:
-                channels = tensors["input.scale"].to(x.device)
-                x, scaled = x / channels, self.weight * channels
-            scale = tensors["weight.scale"].to(x.device)
-            codes = gptq(scaled, scale, weighted_moment(x, self.worth), formats["weight"].bits)
+            x = channels.scaled_input(quantized_input(self.seen.rows, params), params)
+            weight, scale = channels.scaled_weight(self.weight, params), tensors["weight.scale"].to(x.device)
+            codes = gptq(weight, scale, weighted_moment(x, self.worth), formats["weight"].bits)
             tensors = {**tensors, "weight.codes": codes}
         return {key: tensor.cpu() for key, tensor in tensors.items()}
 
@@ -93,17 +91,12 @@ class LinearSteps:
         fmt = formats["weight"]
         scale = weight_scale(view.weight, fmt.bits)
         weight_hat = QUANTIZERS.get(fmt.scheme).fake_quantize(view.weight, scale[:, None], None, fmt.bits, weight=True)
-        is_table = formats["input"].scheme == "table"
-        grid = replace(
-            formats["input"],
-            granularity="tensor",
-            scheme="uniform",
-            bits=8 if is_table else formats["input"].bits,
-        )
+        wanted = formats["input"]
+        grid = replace(wanted, granularity="tensor", scheme="uniform", bits=wanted.code_bits)
         steps = view.solve(grid, weight_hat)
         tensors = {"weight.scale": scale}
-        if is_table:
-            tensors["input.table"] = self._table(view, steps, weight_hat, formats["input"].bits)
+        if wanted.scheme == "table":
+            tensors["input.table"] = self._table(view, steps, weight_hat, wanted.bits)
         zero_point = torch.zeros((), dtype=torch.int32) if steps.zero_point is None else steps.zero_point
         if view.spread is None:
             tensors["input.scale"] = steps.scale
@@ -116,7 +109,7 @@ class LinearSteps:
         return tensors
 
     def _table(self, view: _View, steps: Steps, weight_hat: Tensor, bits: int) -> Tensor:
-        codes = QUANTIZERS.get("uniform").quantize(view.seen.rows, steps.scale, steps.zero_point, 8)
+        codes = QUANTIZERS.get("uniform").quantize(view.seen.rows, steps.scale, steps.zero_point, GRID_BITS)
         return best_table(code_histogram(codes, self.worth, weight_hat.square().sum(0)), bits)
 
     def _error(self, params: SiteParams) -> float:

@@ -34,6 +34,11 @@ def scaled_weight(rows: Tensor, params: SiteParams) -> Tensor:
     return rows * params.tensors["input.scale"].to(rows.device) if by_channel(params) else rows
 
 
+def scaled_input(x_hat: Tensor, params: SiteParams) -> Tensor:
+    """What multiplies `scaled_weight`: x_hat fp32 [R, K], in steps of its channels where those are by channel."""
+    return x_hat / params.tensors["input.scale"].to(x_hat.device) if by_channel(params) else x_hat
+
+
 def unscaled_weight(rows: Tensor, params: SiteParams) -> Tensor:
     """Undo `scaled_weight`, on dequantised rows."""
     return rows / params.tensors["input.scale"].to(rows.device) if by_channel(params) else rows

@@ -6,13 +6,19 @@ The weight of an integer site is not among them: its codes are in the plan.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lampq_rt.errors import PlanError
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of modules and buffers whose parameters are new, frozen, and share the memory of the original's."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
 
 
 def edited(model: nn.Module, edits: Mapping[str, Tensor]) -> nn.Module:
@@ -27,8 +33,6 @@ def edited(model: nn.Module, edits: Mapping[str, Tensor]) -> nn.Module:
     """
     if not edits:
         return model
-    from lampq_rt.adapters.timm_vit import shared_copy
-
     twin = shared_copy(model)
     parameters = dict(twin.named_parameters())
     for name, tensor in edits.items():
@@ -38,13 +42,11 @@ def edited(model: nn.Module, edits: Mapping[str, Tensor]) -> nn.Module:
         if parameter.shape != tensor.shape:
             came, wanted = tuple(tensor.shape), tuple(parameter.shape)
             raise PlanError(f"the plan's edit of {name} has shape {came}; the model's has {wanted}")
-        if parameter.is_meta:  # a skeleton: shapes are all that it holds
-            continue
         parameter.data = tensor.to(parameter.device, torch.float32).clone()
     return twin
 
 
-def differences(before: Any, after: Any, left_out: frozenset[str]) -> dict[str, Tensor]:
+def differences(before: nn.Module, after: nn.Module, left_out: frozenset[str]) -> dict[str, Tensor]:
     """The edits that make `before` into `after`, of the same architecture; parameters `left_out` do not count."""
     old = dict(before.named_parameters())
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +29,7 @@ from lampq_rt.simulate import quantized_weight, simulate
 from lampq_rt.sites import Kind
 from lampq_rt.tuning import recorded
 from tests.plans import VARIANTS, channel_plan, range_plan, tiny_vit
+from tests.tracing import exports_with_dynamic_batch, traces_in_one_graph
 
 FC2 = "blocks.1.mlp.fc2"
 Case = tuple[nn.Module, Plan, Tensor]
@@ -201,26 +201,13 @@ def test_what_users_do_with_a_module(small: Case) -> None:
 
 def test_export_with_dynamic_batch(small: Case) -> None:
     model, plan, images = small
-    fast = lampq_rt.compile(model, plan)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(fast, (images,), dynamic_shapes={"images": {0: batch}})
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    for n in (1, 4):
-        torch.testing.assert_close(loaded(images[:n]), fast(images[:n]))
+    exports_with_dynamic_batch(lampq_rt.compile(model, plan), images)
 
 
 @pytest.mark.slow
 def test_torch_compile_in_one_graph(small: Case) -> None:
     model, plan, images = small
-    fast = lampq_rt.compile(model, plan)
-    with torch.inference_mode():
-        wanted = fast(images)
-    with torch.no_grad():
-        traced = torch.compile(fast, fullgraph=True, dynamic=True)
-        torch.testing.assert_close(traced(images), wanted, rtol=0.05, atol=0.05)
+    traces_in_one_graph(lampq_rt.compile(model, plan), images)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

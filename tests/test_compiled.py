@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import threading
 
 import pytest
@@ -20,6 +19,7 @@ from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import simulate
 from tests.plans import VARIANTS as COMMON
 from tests.plans import range_plan, tiny_vit
+from tests.tracing import exports_with_dynamic_batch, traces_in_one_graph
 
 VARIANTS = {
     **COMMON,
@@ -183,26 +183,12 @@ def test_four_bit_weights_lie_two_to_a_byte(small: Small) -> None:
 @pytest.mark.slow
 def test_torch_compile_in_one_graph(small: Small) -> None:
     model, plan, images = small
-    fast = lampq_rt.compile(model, plan)
-    with torch.inference_mode():
-        wanted = fast(images)
-    with torch.no_grad():
-        traced = torch.compile(fast, fullgraph=True, dynamic=True)
-        torch.testing.assert_close(traced(images), wanted, rtol=0.05, atol=0.05)
-        torch.testing.assert_close(traced(images[:3]), wanted[:3], rtol=0.05, atol=0.05)
+    traces_in_one_graph(lampq_rt.compile(model, plan), images)
 
 
 def test_export_with_dynamic_batch_survives_saving(small: Small) -> None:
     model, plan, images = small
-    fast = lampq_rt.compile(model, plan)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(fast, (images,), dynamic_shapes={"images": {0: batch}})
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    for n in (1, 4):
-        torch.testing.assert_close(loaded(images[:n]), fast(images[:n]))
+    exports_with_dynamic_batch(lampq_rt.compile(model, plan), images)
 
 
 def test_threads_may_call_it_at_once(small: Small) -> None:

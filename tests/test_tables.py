@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +31,7 @@ from lampq_rt.simulate import quantized_weight, simulate
 from lampq_rt.sites import Kind
 from lampq_rt.tuning import recorded
 from tests.plans import VARIANTS, channel_plan, range_plan, table_plan, tiny_vit, uneven_table
+from tests.tracing import exports_with_dynamic_batch, traces_in_one_graph
 
 FC2, PROJ = "blocks.1.mlp.fc2", "blocks.1.attn.proj"
 CONTAINERS = (torch.int8, torch.uint8)
@@ -256,26 +256,13 @@ def test_diff_and_inspect_say_it(small: Case) -> None:
 
 def test_export_with_dynamic_batch(small: Case) -> None:
     model, plan, images = small
-    fast = lampq_rt.compile(model, plan)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(fast, (images,), dynamic_shapes={"images": {0: batch}})
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    for n in (1, 4):
-        torch.testing.assert_close(loaded(images[:n]), fast(images[:n]))
+    exports_with_dynamic_batch(lampq_rt.compile(model, plan), images)
 
 
 @pytest.mark.slow
 def test_torch_compile_in_one_graph(small: Case) -> None:
     model, plan, images = small
-    fast = lampq_rt.compile(model, plan)
-    with torch.inference_mode():
-        wanted = fast(images)
-    with torch.no_grad():
-        traced = torch.compile(fast, fullgraph=True, dynamic=True)
-        torch.testing.assert_close(traced(images), wanted, rtol=0.05, atol=0.05)
+    traces_in_one_graph(lampq_rt.compile(model, plan), images)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

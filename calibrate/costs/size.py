@@ -13,6 +13,7 @@ from torch import nn
 from lampq_rt.backends import Formats
 from lampq_rt.calibrate.costs.base import COSTS
 from lampq_rt.kernels.reference import NIBBLE_GROUP
+from lampq_rt.quantizers.table import ENTRIES
 from lampq_rt.sites import Description, Kind, Site
 
 FLOAT_BYTES = 4
@@ -21,6 +22,9 @@ CHANNEL_BYTES = 8
 
 VECTOR_BYTES = 8
 """1/step and zero-point (fp32) of each input channel, where a linear's input has them by channel."""
+
+TABLE_BYTES = ENTRIES
+"""Levels of an input's table, a byte each."""
 
 PACKED_BITS = 4
 
@@ -48,8 +52,9 @@ class WeightBytes:
             return float(FLOAT_BYTES * site.params)
         packed = weight.bits <= PACKED_BITS and site.in_features % NIBBLE_GROUP == 0
         vectors = VECTOR_BYTES * site.in_features if formats["input"].granularity == "channel" else 0
+        table = TABLE_BYTES if formats["input"].scheme == "table" else 0
         codes = (site.params + 1) // 2 if packed else site.params
-        return float(codes + CHANNEL_BYTES * site.out_features + vectors)
+        return float(codes + CHANNEL_BYTES * site.out_features + vectors + table)
 
     @staticmethod
     def _matmul(site: Site) -> float:

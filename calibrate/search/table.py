@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CODES = 256
+from lampq_rt.quantizers.table import ENTRIES
+
+CODES = ENTRIES
 
 
 def best_table(histogram: Tensor, bits: int) -> Tensor:

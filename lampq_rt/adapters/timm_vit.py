@@ -12,16 +12,11 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from lampq_rt.edits import shared_copy
 from lampq_rt.errors import ModelError
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, SimulatedPV, SimulatedQK
 from lampq_rt.sites import Description, Kind, Site, Skipped
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of modules and buffers whose parameters are new, frozen, and share the memory of the original's."""
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
 
 
 class TimmVit:
