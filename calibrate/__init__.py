@@ -7,6 +7,7 @@ plan = make_plan(model, images, budget=Budget(mean_bits=4))
 
 from lampq_rt.calibrate.costs import COSTS, Budget
 from lampq_rt.calibrate.pipeline import Calibration, calibrate, make_plan
+from lampq_rt.calibrate.prepare import Material
 from lampq_rt.calibrate.recipes import RECIPES, Recipe
 
-__all__ = ["COSTS", "RECIPES", "Budget", "Calibration", "Recipe", "calibrate", "make_plan"]
+__all__ = ["COSTS", "RECIPES", "Budget", "Calibration", "Material", "Recipe", "calibrate", "make_plan"]

@@ -26,7 +26,7 @@ from lampq_rt.calibrate.costs.timed import TimedCosts
 from lampq_rt.calibrate.distributed import SINGLE, Shard
 from lampq_rt.calibrate.evidence import Measurements, SearchEvidence, resolve_device
 from lampq_rt.calibrate.metrics import PENALTIES, Score
-from lampq_rt.calibrate.prepare import finished, prepared
+from lampq_rt.calibrate.prepare import NO_MORE, Material, finished, prepared
 from lampq_rt.calibrate.progress import Report, reporting
 from lampq_rt.calibrate.proposal import Proposal
 from lampq_rt.calibrate.provenance import Facts, provenance
@@ -56,6 +56,7 @@ def make_plan(
     latency_table: LatencyTable | Path | None = None,
     progress: Report | bool | None = None,
     shard: Shard = SINGLE,
+    material: Material = NO_MORE,
 ) -> Plan:
     """Choose bits and steps for every site of `model`.
 
@@ -76,6 +77,7 @@ def make_plan(
         progress: True for a bar, or a function called with stage, done and total.
         shard: the processes that calibrate together (`distributed.current`); images and labels are then this process's
             share of them (`Shard.share`). All processes get the same plan.
+        material: what recipes that train (`lampq+rec`) have beside: more images, and a file to resume from.
 
     Raises:
         ModelError: the model is of no supported family.
@@ -99,6 +101,7 @@ def make_plan(
             latency_table=latency_table,
             report=report,
             shard=shard,
+            material=material,
         )
         return calibration.plan(budget, recipe)
 
@@ -116,6 +119,7 @@ def calibrate(
     latency_table: LatencyTable | Path | None = None,
     report: Report | None = None,
     shard: Shard = SINGLE,
+    material: Material = NO_MORE,
 ) -> Calibration:
     """A calibration that several plans can be asked of; arguments and errors as `make_plan`."""
     return Calibration(
@@ -130,6 +134,7 @@ def calibrate(
         latency_table=latency_table,
         report=report,
         shard=shard,
+        material=material,
     )
 
 
@@ -150,9 +155,10 @@ class Calibration:
         latency_table: LatencyTable | Path | None = None,
         report: Report | None,
         shard: Shard = SINGLE,
+        material: Material = NO_MORE,
         preparation: Preparation = PLAIN,
     ) -> None:
-        self.original = model
+        self.original, self.material = model, material
         self.model, self.refused = prepared(model, images, preparation, seed)
         self.measurements = Measurements(
             self.model,
@@ -203,6 +209,7 @@ class Calibration:
                 latency_table=self.timed.source,
                 report=m.report,
                 shard=m.shard,
+                material=self.material,
                 preparation=preparation,
             )
         return self._prepared[preparation]
@@ -217,7 +224,7 @@ class Calibration:
         if chosen.refine and bits:
             bits, refined = self._refine(chosen, nominal, proposal, fixed)
         sites = self._sites(chosen.search, bits, fixed)
-        sites, edits = finished(self.measurements, self.original, self.model, sites, chosen)
+        sites, edits = finished(self.measurements, self.original, self.model, sites, chosen, self.material)
         facts = Facts(chosen, budget, limits, nominal, proposals, proposal, refined, tuple(edits))
         dtype = self.measurements.residual_dtype
         return Plan(self.model_name, self.weights_digest, sites, provenance(self, facts, sites), dtype, edits)

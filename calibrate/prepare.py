@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from lampq_rt.adapters import describe
 from lampq_rt.calibrate.compensate import compensate
 from lampq_rt.calibrate.evidence import Measurements
 from lampq_rt.calibrate.recipes import Preparation, Recipe
+from lampq_rt.calibrate.reconstruct import reconstruct
 from lampq_rt.calibrate.transforms import TRANSFORMS, Context
-from lampq_rt.edits import differences
+from lampq_rt.edits import differences, edited
 from lampq_rt.errors import DataError
 from lampq_rt.modules import weight_codes
 from lampq_rt.plan import SiteParams
@@ -38,8 +40,30 @@ def prepared(model: nn.Module, images: Tensor, preparation: Preparation, seed: i
     return twin, {name: reason for name, reason in answers.items() if reason is not None}
 
 
+@dataclass(frozen=True)
+class Material:
+    """What the training of a plan has beside the calibration images.
+
+    Attributes:
+        images: fp32 [n, C, H, W], normalised, to train on; None: the calibration images.
+        resume: file that keeps the state of the training (`reconstruct`).
+    """
+
+    images: Tensor | None = None
+    resume: Path | None = None
+
+
+NO_MORE = Material()
+"""Nothing beside the calibration images."""
+
+
 def finished(
-    measurements: Measurements, original: nn.Module, model: nn.Module, sites: Mapping[str, SiteParams], recipe: Recipe
+    measurements: Measurements,
+    original: nn.Module,
+    model: nn.Module,
+    sites: Mapping[str, SiteParams],
+    recipe: Recipe,
+    material: Material,
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
     """Sites and edits of a plan whose formats are decided: `sites` as they are, or compensated.
 
@@ -48,10 +72,11 @@ def finished(
         original: the model that the plan will be applied to.
         model: `original` as prepared.
         sites: formats and steps.
-        recipe: says whether to compensate.
+        recipe: says whether to compensate and to train.
+        material: to train with.
 
     Raises:
-        DataError: the images are spread over several processes, and the recipe compensates.
+        DataError: the images are spread over several processes, and the recipe compensates; or see `reconstruct`.
     """
     found, biases = dict(sites), dict[str, Tensor]()
     if recipe.compensate:
@@ -62,7 +87,36 @@ def finished(
         found = {name: _with_codes(measurements, name, params) for name, params in sites.items()}
     integer = frozenset(f"{name}.weight" for name, params in found.items() if not params.is_float)
     edits = {} if model is original else differences(original, model, integer)
-    return found, {**edits, **{name: bias.float().cpu() for name, bias in biases.items()}}
+    edits.update({name: bias.float().cpu() for name, bias in biases.items()})
+    if recipe.schedule.steps:
+        found, learned = _reconstructed(measurements, model, found, biases, recipe, material)
+        edits.update(learned)
+    return found, edits
+
+
+def _reconstructed(
+    measurements: Measurements,
+    model: nn.Module,
+    sites: Mapping[str, SiteParams],
+    biases: Mapping[str, Tensor],
+    recipe: Recipe,
+    material: Material,
+) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
+    """Sites and edits after training."""
+    device = next(measurements.simulation.parameters()).device
+    images = measurements.images if material.images is None else material.images
+    quantised = Simulation(copy.deepcopy(edited(model, biases))).float().to(device)
+    quantised.set(sites)
+    learned, parameters = reconstruct(
+        model,
+        quantised,
+        images.to(device),
+        recipe.schedule,
+        seed=measurements.seed,
+        progress=lambda done, total: measurements.report("learning back", done, total),
+        resume=material.resume,
+    )
+    return {name: learned.get(name, params) for name, params in sites.items()}, parameters
 
 
 def _best_compensated(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lampq_rt.calibrate.reconstruct import Schedule
 from lampq_rt.registry import Registry
 
 
@@ -39,6 +40,10 @@ STRONG = Preparation(
 """The base that `lampq+` chooses bits on; docs/calibration.md says what each part buys."""
 
 
+STEPS = 240
+"""Of the training of `lampq+rec`."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a plan is made.
@@ -54,6 +59,7 @@ class Recipe:
         description: one line for people.
         preparation: of model and number formats.
         compensate: True where the plan's weights and biases are made good site after site (`compensate`).
+        schedule: of the training that follows (`reconstruct`); of no steps where none does.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Recipe:
     description: str
     preparation: Preparation = PLAIN
     compensate: bool = False
+    schedule: Schedule = Schedule(steps=0)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict, for the plan's provenance."""
@@ -125,6 +132,18 @@ for _recipe in (
         "the most accurate: rewrites, tables, LampQ's allocation on measured errors, compensated errors",
         STRONG,
         compensate=True,
+    ),
+    Recipe(
+        "lampq+rec",
+        "output-error",
+        ("fisher-output", "fisher-context"),
+        "milp",
+        True,
+        False,
+        "lampq+, then all blocks learn from images: minutes to hours, resumable",
+        STRONG,
+        compensate=True,
+        schedule=Schedule(steps=STEPS),
     ),
 ):
     RECIPES.register(_recipe.name)(_recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,10 +45,13 @@ def calibrate(
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="uniform, lampq, lampq-paper, repq, fast or lampq+ (most accurate).")
+        str, typer.Option(help="uniform, lampq, lampq-paper, repq, fast, lampq+ or lampq+rec (most accurate; trains).")
     ] = "lampq",
     labels: Labels = None,
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,
+    train_images: Annotated[
+        int, typer.Option(help="Images that lampq+rec trains on, drawn from the same folder.", min=1)
+    ] = 512,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     target: Annotated[str, typer.Option(help="Whose formats may be used: any, cpu or cuda.")] = "any",
     device: Annotated[str, typer.Option(help="Where to measure: cpu or cuda.")] = "cpu",
@@ -70,9 +74,15 @@ def calibrate(
           --budget weight_bytes=15% --budget bops=20% --out vit_base.plan
       lampq calibrate deit_small_patch16_224 --images photos \\
           --budget latency_ms=60@8 --budget weight_bytes=12e6 --out deit_small.plan
+      lampq calibrate deit_tiny_patch16_224 --weights deit_tiny.safetensors --images photos \\
+          --mean-bits 3 --recipe lampq+rec --train-images 800 --out deit_tiny.plan
+
+    \b
+    A training that was stopped goes on when the same command is given again: its state is kept beside the plan,
+    in X.plan.training, until the plan is written.
     """
     from lampq_rt import images as pictures
-    from lampq_rt.calibrate import RECIPES, Budget, distributed, make_plan
+    from lampq_rt.calibrate import RECIPES, Budget, Material, distributed, make_plan
     from lampq_rt.errors import BudgetError
     from lampq_rt.models import check_name, classes, load_model
 
@@ -82,7 +92,7 @@ def calibrate(
     if not limits:
         raise BudgetError("no budget given: --mean-bits BITS, --budget UNIT=LIMIT, or both")
     wanted = Budget.parse(*limits)
-    RECIPES.get(recipe)
+    training = RECIPES.get(recipe).schedule.steps > 0
     check_name(model)
     check_destination(out, "plan")
     files = pictures.list_images(images)
@@ -98,6 +108,10 @@ def calibrate(
         table = pictures.read_labels(labels, images, files, classes(network))
         truth = torch.tensor([table[path] for path in own])
     tensor = shard.together(lambda: pictures.load_images(own, pictures.preprocessing(model)))
+    material = Material(resume=out.with_name(f"{out.name}.training"))
+    if training:
+        drawn = pictures.choose(files, train_images, seed)
+        material = replace(material, images=pictures.load_images(drawn, pictures.preprocessing(model)))
     started = time.perf_counter()
     plan = make_plan(
         network,
@@ -112,10 +126,13 @@ def calibrate(
         latency_table=latency_table,
         progress=shard.first,
         shard=shard,
+        material=material,
     )
     seconds = time.perf_counter() - started
     if shard.first:
         plan.save(out)
+        if training and material.resume is not None:
+            material.resume.unlink(missing_ok=True)
     measured = _measured(output, network, plan) if measure and shard.first else {}
     _report_plan(output, plan, out, len(chosen), seconds, measured)
 

@@ -1,0 +1,177 @@
+"""A simulated model that learns: rounding lets gradients pass where nothing is clipped (straight-through estimator,
+Bengio et al., 1308.3432), and the step of an input has the gradient of LSQ (Esser et al., 1902.08153, section 2.1).
+
+What learns of a linear are its weight in units of the step, its steps, the step of its input and its bias. Codes come
+out as those of the plan it started from until a weight has crossed the middle between two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lampq_rt import channels
+from lampq_rt.inputs import quantized_input
+from lampq_rt.kernels import reference
+from lampq_rt.plan import SiteParams
+from lampq_rt.simulate import SimulatedLinear, SimulatedPV, SimulatedQK, SimulatedSite, Simulation
+
+
+class LearningLinear(nn.Module):
+    """A quantised linear or patch embedding whose codes, steps and bias learn.
+
+    Attributes:
+        codes: fp32 [N, K], the weight in units of `weight_step`, not rounded.
+        log_weight_step: fp32 [N], natural logarithm of the weight's steps.
+        log_input_step: fp32 [], natural logarithm of the input's step; None where every channel has its own, which
+            the weight's codes stand for.
+        bias: fp32 [N], or None.
+    """
+
+    def __init__(self, linear: SimulatedLinear) -> None:
+        super().__init__()
+        assert linear.params is not None
+        self.params, self.original = (
+            linear.params,
+            [linear.original],
+        )  # a list: not a submodule, whose weight would count
+        tensors = self.params.tensors
+        weight = linear.original.weight
+        fmt = self.params.formats["weight"]
+        self.range = reference.code_range(fmt.bits, weight=True)
+        codes = tensors["weight.codes"].to(weight.device, torch.float32)
+        self.codes = nn.Parameter(codes.clone())
+        self.log_weight_step = nn.Parameter(tensors["weight.scale"].to(weight.device).log())
+        own = None if channels.by_channel(self.params) else tensors["input.scale"].to(weight.device).log()
+        self.log_input_step = None if own is None else nn.Parameter(own)
+        bias = linear.original.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `SimulatedLinear.forward`."""
+        if not self.params.formats["input"].is_float:
+            step = None if self.log_input_step is None else self.log_input_step.exp()
+            x = cast(Tensor, _QuantizedInput.apply(x, step, self.params))
+        rows = cast(Tensor, _QuantizedWeight.apply(self.codes, self.log_weight_step.exp(), *self.range))
+        rows = channels.unscaled_weight(rows, self.params)
+        original = self.original[0]
+        if isinstance(original, nn.Conv2d):
+            return F.conv2d(x, rows.view_as(original.weight), self.bias, stride=original.stride)
+        return F.linear(x, rows, self.bias)
+
+    @torch.no_grad()
+    def learned(self) -> SiteParams:
+        """The site's formats with what was learned, on the CPU."""
+        codes = self.codes.round().clamp(*self.range).to(torch.int8).cpu()
+        tensors = {"weight.codes": codes, "weight.scale": self.log_weight_step.exp().cpu()}
+        if self.log_input_step is not None:
+            tensors["input.scale"] = self.log_input_step.exp().cpu()
+        return replace(self.params, tensors={**self.params.tensors, **tensors})
+
+
+class _LearningQK(nn.Module):
+    """`SimulatedQK` that lets gradients pass."""
+
+    def __init__(self, matmul: SimulatedQK) -> None:
+        super().__init__()
+        self.matmul = matmul
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        """As `SimulatedQK.forward`."""
+        if self.matmul.params is None:
+            return cast(Tensor, self.matmul(q, k))
+        q, k = (_straight(lambda x, o=o: self.matmul.fake(o, x, per_head=True), x) for o, x in (("q", q), ("k", k)))
+        return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+
+
+class _LearningPV(nn.Module):
+    """`SimulatedPV` that lets gradients pass."""
+
+    def __init__(self, matmul: SimulatedPV) -> None:
+        super().__init__()
+        self.matmul = matmul
+
+    def forward(self, logits: Tensor, v: Tensor) -> Tensor:
+        """As `SimulatedPV.forward`."""
+        if self.matmul.params is None:
+            return cast(Tensor, self.matmul(logits, v))
+        e = (logits - logits.detach().amax(-1, keepdim=True)).exp()
+        p = _straight(lambda x: self.matmul.fake("p", x), e)
+        v = _straight(lambda x: self.matmul.fake("v", x, per_head=True), v)
+        return p @ v / e.sum(-1, keepdim=True)
+
+
+def learning(simulation: Simulation) -> dict[str, LearningLinear]:
+    """Make the sites of `simulation` learn, in place; those of integer linears, by name.
+
+    Args:
+        simulation: set to a plan; its model must share no parameter with one that is still needed.
+    """
+    found: dict[str, LearningLinear] = {}
+    for site in simulation.description.sites:
+        module, new = simulation.module(site.name), cast(nn.Module | None, None)
+        if isinstance(module, SimulatedQK):
+            new = _LearningQK(module)
+        elif isinstance(module, SimulatedPV):
+            new = _LearningPV(module)
+        elif isinstance(module, SimulatedLinear) and module.params is not None:
+            new = found[site.name] = LearningLinear(module)
+        if new is not None:
+            _replace(simulation.model, site.name, module, new)
+    return found
+
+
+def _replace(model: nn.Module, name: str, old: SimulatedSite, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    assert getattr(owner, leaf) is old, name
+    setattr(owner, leaf, new)
+
+
+def _straight(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), with the gradient of x."""
+    return x + (function(x.detach()) - x.detach())
+
+
+class _QuantizedInput(torch.autograd.Function):
+    """`quantized_input` with gradients of x and of the input's one step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor | None, params: SiteParams) -> Tensor:
+        if step is not None:
+            params = replace(params, tensors={**params.tensors, "input.scale": step.detach()})
+        scale, zero_point = params.tensors["input.scale"].to(x.device), params.tensors.get("input.zero_point")
+        low, high = reference.code_range(params.formats["input"].code_bits)
+        place = x / scale if zero_point is None else x / scale + zero_point.to(x.device)
+        inside = (place > low - 0.5) & (place < high + 0.5)
+        x_hat = quantized_input(x, params)
+        ctx.save_for_backward(inside, None if step is None else (x_hat - x * inside) / step)
+        return x_hat
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inside, slope = ctx.saved_tensors
+        (gradient,) = gradients
+        return gradient * inside, None if slope is None else (gradient * slope).sum(), None
+
+
+class _QuantizedWeight(torch.autograd.Function):
+    """Rounded codes times steps, with gradients of both."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+        rounded = codes.round().clamp(low, high)
+        inside = (codes > low - 0.5) & (codes < high + 0.5)
+        ctx.save_for_backward(inside, step, rounded)
+        return rounded * step[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inside, step, rounded = ctx.saved_tensors
+        (gradient,) = gradients
+        return gradient * inside * step[:, None], (gradient * rounded).sum(1), None, None
