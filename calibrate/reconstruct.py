@@ -184,7 +184,10 @@ def _rest(model: nn.Module) -> dict[str, nn.Parameter]:
     own = {f"{name}.{leaf}" for name, m in model.named_modules() if isinstance(m, LearningLinear) for leaf in _OWN}
     norms = {f"{name}.{leaf}" for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) for leaf in _NORM}
     biases = {name for name in own if name.endswith(".bias")}
-    return {name: named[name].requires_grad_(True) for name in named if name in norms | biases}
+    found = {name: parameter for name, parameter in named.items() if name in norms | biases}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
 
 
 _OWN = ("codes", "log_weight_step", "log_input_step", "bias")

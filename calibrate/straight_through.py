@@ -85,7 +85,8 @@ class _LearningQK(nn.Module):
         """As `SimulatedQK.forward`."""
         if self.matmul.params is None:
             return cast(Tensor, self.matmul(q, k))
-        q, k = (_straight(lambda x, o=o: self.matmul.fake(o, x, per_head=True), x) for o, x in (("q", q), ("k", k)))
+        q = _straight(lambda x: self.matmul.fake("q", x, per_head=True), q)
+        k = _straight(lambda x: self.matmul.fake("k", x, per_head=True), k)
         return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
 
 
