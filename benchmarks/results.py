@@ -27,13 +27,20 @@ import lampq_rt
 from benchmarks.markdown import put_between
 from lampq_rt import images, models
 from lampq_rt.bench import machine
-from lampq_rt.calibrate import RECIPES, Budget, calibrate
+from lampq_rt.calibrate import RECIPES, Budget, Material, calibrate
 from lampq_rt.evaluate import kl_divergence
 
 ROWS = Path(__file__).parent / "results" / "accuracy.jsonl"
 MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224")
+DEFAULT_RECIPES = "lampq,lampq-paper,repq,fast,lampq+,lampq+rec"
 UNIFORM_WIDTHS = (8, 6, 5, 4, 3)
 MIXED_WIDTHS = (6, 5, 4, 3)
+TRAINED_WIDTHS = (4, 3)
+"""Of recipes that train: where there is something to win, and what an hour allows."""
+
+TRAINED_COUNT = 32
+"""Such recipes choose bits on so many images, whatever they train on."""
+
 BATCH = 25
 
 console = Console()
@@ -53,36 +60,47 @@ def main(
     out: Annotated[Path, typer.Option(help="Markdown file with the two markers.")] = Path("docs/results.md"),
     only: Annotated[str, typer.Option(help="Only models whose name starts with this.")] = "",
     calib_images: Annotated[str, typer.Option(help="Sizes of the calibration set, in this order.")] = "32,128",
-    recipes: Annotated[str, typer.Option(help="Recipes beside uniform.")] = "lampq,lampq-paper,repq,fast,lampq+",
+    recipes: Annotated[
+        str, typer.Option(help="Recipes beside uniform.")
+    ] = "lampq,lampq-paper,repq,fast,lampq+,lampq+rec",
+    train_images: Annotated[int, typer.Option(help="Images of calib1000/ that lampq+rec trains on.")] = 1000,
     limit: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
 ) -> None:
     """Fill in the rows that are missing and write the tables."""
     done = {_key(row): row for row in _read()}
     for count in map(int, calib_images.split(",")):
         for name in (n for n in MODELS if n.startswith(only)):
-            wanted = [(r, b) for r, b in _work(recipes.split(",")) if (name, r, b, count, limit) not in done]
+            work = _work(recipes.split(","), count)
+            wanted = [(r, b) for r, b in work if (name, r, b, count, limit) not in done]
             if wanted:
-                for row in _rows(data, name, count, limit, wanted):
+                for row in _rows(data, name, count, train_images, limit, wanted):
                     done[_key(row)] = row
                     with ROWS.open("a") as file:
                         file.write(json.dumps(row) + "\n")
     put_between(out, "accuracy", _tables(list(done.values())))
 
 
-def _work(recipes: list[str]) -> Iterator[tuple[str, int]]:
+def _work(recipes: list[str], count: int) -> Iterator[tuple[str, int]]:
     yield from (("uniform", bits) for bits in UNIFORM_WIDTHS)
     for recipe in recipes:
         widths = UNIFORM_WIDTHS if RECIPES.get(recipe).allocator == "uniform" else MIXED_WIDTHS
+        if RECIPES.get(recipe).schedule.steps:
+            widths = TRAINED_WIDTHS if count == TRAINED_COUNT else ()
         yield from ((recipe, bits) for bits in widths)
 
 
-def _rows(data: Path, name: str, count: int, limit: int, wanted: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    """One row a recipe and budget, of one model calibrated on `count` images."""
+def _rows(
+    data: Path, name: str, count: int, train: int, limit: int, wanted: list[tuple[str, int]]
+) -> Iterator[dict[str, Any]]:
+    """One row a recipe and budget, of one model calibrated on `count` images and trained on `train`."""
     model = models.load_model(name, data / "weights" / f"{name}.safetensors")
     truth = evaluated(data, name, model, limit)
     preprocessing = images.preprocessing(name)
-    files = images.choose(images.list_images(data / "calib1000"), count, seed=0)
-    calibration = calibrate(model, images.load_images(files, preprocessing))
+    every = images.list_images(data / "calib1000")
+    trains = {recipe: RECIPES.get(recipe).schedule.steps > 0 for recipe, _ in wanted}
+    more = images.load_images(images.choose(every, train, seed=0), preprocessing) if any(trains.values()) else None
+    files = images.choose(every, count, seed=0)
+    calibration = calibrate(model, images.load_images(files, preprocessing), material=Material(more))
     fp32_bytes = models.weight_bytes(model)
     for recipe, bits in wanted:
         start = time.perf_counter()
@@ -94,6 +112,7 @@ def _rows(data: Path, name: str, count: int, limit: int, wanted: list[tuple[str,
             disk = (Path(folder) / "model.lampq").stat().st_size
         row = {
             "model": name, "recipe": recipe, "bits": bits, "calib_images": count, "images": limit,
+            "train_images": train if trains[recipe] else 0,
             **compare(fast, truth), "mean_bits": round(plan.mean_bits, 4), "seconds": round(seconds, 1),
             "disk_percent": round(100 * disk / fp32_bytes, 2),
             "memory_percent": round(100 * fast.weight_bytes / fp32_bytes, 2),
