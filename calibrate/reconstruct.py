@@ -68,6 +68,9 @@ LARGEST_ASPECT = 0.2
 """Greatest logarithm of a crop's change of aspect."""
 
 
+GRAPH = 4
+"""Images whose activations are in memory at once."""
+
 KEEP_EVERY = 20
 """Steps between two states kept."""
 
@@ -116,7 +119,9 @@ def reconstruct(
         drawn = torch.randperm(len(images), generator=draws)[: schedule.batch]
         seen = augmented(images[drawn.to(images.device)], draws)
         optimiser.zero_grad(set_to_none=True)
-        _loss(exact, quantised.model, seen, schedule).backward()  # type: ignore[no-untyped-call]
+        for part in seen.split(GRAPH):
+            loss = _loss(exact, quantised.model, part, schedule) * len(part) / len(seen)
+            loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         if (step + 1) % KEEP_EVERY == 0 and step + 1 < schedule.steps:
             state.save(digest, step + 1, _kept(optimiser))
