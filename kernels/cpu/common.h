@@ -19,10 +19,42 @@
 
 namespace {
 
+// A table of levels, int8 [256] by signed code from -128 on, as bytes of the container whose codes have `offset` added.
+struct Levels {
+  alignas(64) uint8_t bytes[256];  // what each byte becomes
+  bool given;
+
+  Levels(const int8_t* table, int offset) : given(table != nullptr) {
+    if (!given) return;
+    const int flip = offset ? 0 : 0x80;
+    for (int b = 0; b < 256; ++b) bytes[b] = static_cast<uint8_t>(table[b ^ flip]) ^ static_cast<uint8_t>(flip ^ 0x80);
+  }
+};
+
+// bytes[i] = table[bytes[i]]; table [256], aligned to 64.
+inline void look_up(uint8_t* bytes, int64_t n, const uint8_t* table) {
+  int64_t i = 0;
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+  const __m512i a = _mm512_load_si512(table), b = _mm512_load_si512(table + 64);
+  const __m512i c = _mm512_load_si512(table + 128), d = _mm512_load_si512(table + 192);
+  for (; i < n; i += 64) {  // a permutation reads the low 7 bits of a code; its top bit says which half of the table
+    const __mmask64 mask = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
+    const __m512i x = _mm512_maskz_loadu_epi8(mask, bytes + i);
+    const __m512i low = _mm512_permutex2var_epi8(a, x, b), high = _mm512_permutex2var_epi8(c, x, d);
+    _mm512_mask_storeu_epi8(bytes + i, mask, _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high));
+  }
+#endif
+  for (; i < n; ++i) bytes[i] = table[bytes[i]];
+}
+
 // clamp(rne(x * inv + zp), lo, hi) + offset, stored as one byte; both containers have the same bits for offset 0 and 128.
 struct Codes {
   float inv, zero_point, low, high;
   int32_t offset;
+  const uint8_t* levels;  // what becomes of each byte at last (`Levels`), or null
+
+  Codes(float inv, float zero_point, float low, float high, int32_t offset, const Levels& table)
+      : inv(inv), zero_point(zero_point), low(low), high(high), offset(offset), levels(table.given ? table.bytes : nullptr) {}
 
   inline uint8_t operator()(float x) const {
     const float code = std::min(std::max(std::nearbyintf(x * inv + zero_point), low), high);
@@ -34,6 +66,7 @@ inline void quantize_row(const float* x, uint8_t* out, int64_t n, const Codes& c
   const Codes c = codes;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = c(x[i]);
+  if (c.levels) look_up(out, n, c.levels);
 }
 
 struct AlignedFree {
