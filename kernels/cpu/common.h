@@ -37,11 +37,15 @@ inline void look_up(uint8_t* bytes, int64_t n, const uint8_t* table) {
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
   const __m512i a = _mm512_load_si512(table), b = _mm512_load_si512(table + 64);
   const __m512i c = _mm512_load_si512(table + 128), d = _mm512_load_si512(table + 192);
-  for (; i < n; i += 64) {  // a permutation reads the low 7 bits of a code; its top bit says which half of the table
-    const __mmask64 mask = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
-    const __m512i x = _mm512_maskz_loadu_epi8(mask, bytes + i);
+  const auto levels = [&](__m512i x) {  // a permutation reads the low 7 bits of a code; its top bit says which half of the table
     const __m512i low = _mm512_permutex2var_epi8(a, x, b), high = _mm512_permutex2var_epi8(c, x, d);
-    _mm512_mask_storeu_epi8(bytes + i, mask, _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high);
+  };
+  for (; i + 64 <= n; i += 64) _mm512_storeu_si512(bytes + i, levels(_mm512_loadu_si512(bytes + i)));
+  if (i < n) {
+    const __mmask64 mask = (1ull << (n - i)) - 1;
+    _mm512_mask_storeu_epi8(bytes + i, mask, levels(_mm512_maskz_loadu_epi8(mask, bytes + i)));
+    return;
   }
 #endif
   for (; i < n; ++i) bytes[i] = table[bytes[i]];

@@ -264,9 +264,10 @@ void one_head(const Attention& a, Scratch& s, const int8_t* q, const int8_t* k, 
         store_row(low, high, scale, static_cast<float*>(out) + place, a.head_dim, [](float y) { return y; });
       } else {
         store_row(low, high, scale, static_cast<uint8_t*>(out) + place, a.head_dim, Codes(a.codes));
-        if (a.codes.levels) look_up(static_cast<uint8_t*>(out) + place, a.head_dim, a.codes.levels);
       }
     }
+    for (int64_t r = 0; a.codes.levels && r < rows; ++r)
+      look_up(static_cast<uint8_t*>(out) + (first + r) * out_stride, a.head_dim, a.codes.levels);
   }
 }
 
@@ -279,7 +280,7 @@ extern "C" {
 void lampq_attention(const int8_t* q, const int8_t* k, const int8_t* v, const float* logit_scale, const float* v_scale, void* out,
                      int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, int64_t padded, float unit, int log2, float inv,
                      float zero_point, float low, float high, int offset, int floating, const int8_t* table, int threads) {
-  const Levels levels(table, offset);
+  const Levels levels(floating ? nullptr : table, offset);
   const Codes codes(inv, zero_point, low, high, offset, levels);
   const Attention a{heads, tokens, head_dim, padded, unit, log2 != 0, codes, floating != 0};
   const int64_t width = heads * head_dim;
