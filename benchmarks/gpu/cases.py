@@ -84,5 +84,4 @@ def _attention_cases(batch: int, tokens: int, heads: int, head_dim: int) -> Iter
     for p in ((8, "rowmax"), (4, "rowmax"), (4, "log2"), (3, "log2")):
         args = (q, k, reference.transpose_v(v), *scales, *p, 1.5, -2, 8, torch.int8)
         yield f"attention {label} {p[1]} p{p[0]}", "attention", args
-        if args[-1] == torch.int8:
-            yield f"attention levels {label} {p[1]} p{p[0]}", "attention", (*args, TABLE)
+        yield f"attention levels {label} {p[1]} p{p[0]}", "attention", (*args, TABLE)

@@ -26,14 +26,16 @@ struct Levels {
 
   Levels(const int8_t* table, int offset) : given(table != nullptr) {
     if (!given) return;
-    const int flip = offset ? 0 : 0x80;
-    for (int b = 0; b < 256; ++b) bytes[b] = static_cast<uint8_t>(table[b ^ flip]) ^ static_cast<uint8_t>(flip ^ 0x80);
+    const int start = offset ? 0 : 128;  // of a container with offset 0 the first byte is code 0
+    for (int b = 0; b < 128; ++b) {
+      bytes[b] = static_cast<uint8_t>(table[start + b] + offset);
+      bytes[128 + b] = static_cast<uint8_t>(table[128 - start + b] + offset);
+    }
   }
 };
 
-// bytes[i] = table[bytes[i]]; table [256], aligned to 64.
-inline void look_up(uint8_t* bytes, int64_t n, const uint8_t* table) {
-  int64_t i = 0;
+// bytes[r * stride + i] = table[bytes[r * stride + i]] for i < n; table [256], aligned to 64.
+inline void look_up(uint8_t* bytes, int64_t rows, int64_t stride, int64_t n, const uint8_t* table) {
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
   const __m512i a = _mm512_load_si512(table), b = _mm512_load_si512(table + 64);
   const __m512i c = _mm512_load_si512(table + 128), d = _mm512_load_si512(table + 192);
@@ -41,14 +43,16 @@ inline void look_up(uint8_t* bytes, int64_t n, const uint8_t* table) {
     const __m512i low = _mm512_permutex2var_epi8(a, x, b), high = _mm512_permutex2var_epi8(c, x, d);
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high);
   };
-  for (; i + 64 <= n; i += 64) _mm512_storeu_si512(bytes + i, levels(_mm512_loadu_si512(bytes + i)));
-  if (i < n) {
-    const __mmask64 mask = (1ull << (n - i)) - 1;
-    _mm512_mask_storeu_epi8(bytes + i, mask, levels(_mm512_maskz_loadu_epi8(mask, bytes + i)));
-    return;
+  const __mmask64 rest = (1ull << n % 64) - 1;
+  for (uint8_t* row = bytes; row < bytes + rows * stride; row += stride) {
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) _mm512_storeu_si512(row + i, levels(_mm512_loadu_si512(row + i)));
+    if (rest) _mm512_mask_storeu_epi8(row + i, rest, levels(_mm512_maskz_loadu_epi8(rest, row + i)));
   }
+#else
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < n; ++i) bytes[r * stride + i] = table[bytes[r * stride + i]];
 #endif
-  for (; i < n; ++i) bytes[i] = table[bytes[i]];
 }
 
 // clamp(rne(x * inv + zp), lo, hi) + offset, stored as one byte; both containers have the same bits for offset 0 and 128.
@@ -70,7 +74,7 @@ inline void quantize_row(const float* x, uint8_t* out, int64_t n, const Codes& c
   const Codes c = codes;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = c(x[i]);
-  if (c.levels) look_up(out, n, c.levels);
+  if (c.levels) look_up(out, 1, n, n, c.levels);
 }
 
 struct AlignedFree {

@@ -34,7 +34,7 @@ void lampq_remap(uint8_t* codes, const int8_t* table, int64_t n, int offset, int
   constexpr int64_t kChunk = 1 << 16;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
 #pragma omp parallel for num_threads(threads) if (chunks > 1)
-  for (int64_t c = 0; c < chunks; ++c) look_up(codes + c * kChunk, std::min(kChunk, n - c * kChunk), levels.bytes);
+  for (int64_t c = 0; c < chunks; ++c) look_up(codes + c * kChunk, 1, kChunk, std::min(kChunk, n - c * kChunk), levels.bytes);
 }
 
 // x [rows, width] fp32; weight and bias [width] or null; out [rows, width].
@@ -266,9 +266,9 @@ void one_head(const Attention& a, Scratch& s, const int8_t* q, const int8_t* k, 
         store_row(low, high, scale, static_cast<uint8_t*>(out) + place, a.head_dim, Codes(a.codes));
       }
     }
-    for (int64_t r = 0; a.codes.levels && r < rows; ++r)
-      look_up(static_cast<uint8_t*>(out) + (first + r) * out_stride, a.head_dim, a.codes.levels);
   }
+  // Not row by row: bytes that were just written in smaller pieces would be waited for.
+  if (a.codes.levels) look_up(static_cast<uint8_t*>(out), a.tokens, out_stride, a.head_dim, a.codes.levels);
 }
 
 }  // namespace

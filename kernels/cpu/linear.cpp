@@ -111,11 +111,10 @@ void run(const Linear& l, int64_t first, int64_t last, int64_t block, int64_t en
       const int64_t rows = std::min<int64_t>(kRows, last - r);
       dot_block(rows, l.x + r * l.features, l.features, weight, kVectors, steps, sums, l.start + block * kColumns);
       finish<kKind, kGelu>(l, sums, r, rows, block);
-      if (kKind == kCodes && l.codes.levels) {  // while the tile's codes are in the first-level cache
-        uint8_t* tile = static_cast<uint8_t*>(l.out) + r * l.channels + block * kColumns;
-        const int64_t columns = std::min(kColumns, l.channels - block * kColumns);
-        for (int64_t i = 0; i < rows; ++i) look_up(tile + i * l.channels, columns, l.codes.levels);
-      }
+    }
+    if (kKind == kCodes && l.codes.levels) {  // not tile by tile: bytes that were just written in smaller pieces would be waited for
+      uint8_t* codes = static_cast<uint8_t*>(l.out) + first * l.channels + block * kColumns;
+      look_up(codes, last - first, l.channels, std::min(kColumns, l.channels - block * kColumns), l.codes.levels);
     }
   }
 }
