@@ -40,8 +40,10 @@ def plans(model: nn.Module, images: Tensor) -> dict[str, Plan]:
     """W8A8, and 4 bits with tables before the blocks' linears, with softmax in either scheme."""
     narrow = stand_in_plan(model, images, {"default": BITS, "head": 8, "patch_embed": 8}, input_bits=8)
     tables = narrow.with_sites({name: _with_table(p) for name, p in narrow.sites.items()})
-    log2 = {name: _with_log2(p) for name, p in tables.sites.items() if p.kind is Kind.PV}
-    return {BASE: stand_in_plan(model, images, 8), "tables": tables, "tables, log2": tables.with_sites(log2)}
+    powers = Format(BITS, "log2", "row", True)
+    pv = {name: p for name, p in tables.sites.items() if p.kind is Kind.PV}
+    log2 = tables.with_sites({name: replace(p, formats={**p.formats, "p": powers}) for name, p in pv.items()})
+    return {BASE: stand_in_plan(model, images, 8), "tables": tables, "tables, log2": log2}
 
 
 def _with_table(params: SiteParams) -> SiteParams:
@@ -51,10 +53,6 @@ def _with_table(params: SiteParams) -> SiteParams:
     levels = (torch.arange(-128, 128) >> (8 - BITS) << (8 - BITS)).to(torch.int8)
     formats = {**params.formats, "input": Format(BITS, "table", "tensor", False)}
     return replace(params, formats=formats, tensors={**params.tensors, "input.table": levels})
-
-
-def _with_log2(params: SiteParams) -> SiteParams:
-    return replace(params, formats={**params.formats, "p": Format(BITS, "log2", "row", True)})
 
 
 def turn(model: CompiledModel, images: Tensor) -> float:

@@ -31,7 +31,7 @@ _BY_CHANNEL = {f"lampq::{op}_channels": f"lampq::{op}" for op in ("quantize", "l
 """Ops with a step a channel, and those with one step that do the same work: in a table they are one entry."""
 
 _FREE = "table"
-"""An argument left out: levels are looked up while the codes are on chip, in no time that could be told from noise."""
+"""An argument left out: what looking levels up adds to the op that makes the codes is below what a table can tell."""
 
 CLAMPED = 7
 """Stands for any width below 8 where an op clamps for it."""
