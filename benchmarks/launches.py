@@ -86,7 +86,7 @@ def work_of(one: Started, made: Compiled) -> Work:
     launch = one.launch
     function = {
         "linear_kernel": _linear, "attention_kernel": _attention, "layernorm_quantize_kernel": _layernorm,
-        "quantize_kernel": _quantize, "remap_kernel": _remap,
+        "quantize_kernel": _quantize,
     }[launch.name]  # fmt: skip
     operations, executed, traffic, rounds, extra = function(launch)
     repeated = rounds - 1
@@ -117,7 +117,7 @@ def label(launch: offline.Launch) -> str:
         return f"attention {v['BLOCK_M']} rows, {tiles} columns{', packs' if v['OUT_PACKED'] else ''}"
     if launch.name == "layernorm_quantize_kernel":
         return f"layernorm {v['BLOCK_M']}x{v['BLOCK_D']}{', packs' if v['OUT_PACKED'] else ''}"
-    return "remap" if launch.name == "remap_kernel" else "quantize"
+    return "quantize"
 
 
 Facts = tuple[float, float, float, int, int]
@@ -157,7 +157,3 @@ def _layernorm(launch: offline.Launch) -> Facts:
 def _quantize(launch: offline.Launch) -> Facts:
     out = 0.5 if launch.values["OUT_PACKED"] else 1
     return 0, 0, launch.values["count"] * (SIZES[launch.signature["x_ptr"].lstrip("*")] + out), 1, 0
-
-
-def _remap(launch: offline.Launch) -> Facts:
-    return 0, 0, 2 * launch.values["count"], 1, 0

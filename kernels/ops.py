@@ -22,21 +22,21 @@ LIBRARY = torch.library.Library("lampq", "DEF")
 
 _LINEAR = "Tensor x_q, Tensor w_q, Tensor scale, Tensor column, Tensor? bias"
 _HEADS = "int heads, Tensor out_inv_scale, int qk_bits, int v_bits) -> (Tensor, Tensor, Tensor)"
-_OUT = "float out_inv_scale, int out_zero_point, int out_bits, ScalarType dtype"
-_OUT_CHANNELS = "Tensor out_inv_scale, Tensor out_offset, int out_bits, ScalarType dtype"
+_CODES = "ScalarType dtype, Tensor? table=None"
+_OUT = f"float out_inv_scale, int out_zero_point, int out_bits, {_CODES}"
+_OUT_CHANNELS = f"Tensor out_inv_scale, Tensor out_offset, int out_bits, {_CODES}"
 
 SCHEMAS = {
-    "quantize": "(Tensor x, float inv_scale, int zero_point, int bits, ScalarType dtype) -> Tensor",
-    "quantize_channels": "(Tensor x, Tensor inv_scale, Tensor offset, int bits, ScalarType dtype) -> Tensor",
-    "remap": "(Tensor(a!) codes, Tensor table) -> ()",
+    "quantize": f"(Tensor x, float inv_scale, int zero_point, int bits, {_CODES}) -> Tensor",
+    "quantize_channels": f"(Tensor x, Tensor inv_scale, Tensor offset, int bits, {_CODES}) -> Tensor",
     "layernorm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, float inv_scale, int zero_point, "
-    "int bits, ScalarType dtype) -> Tensor",
+    f"int bits, {_CODES}) -> Tensor",
     "linear_float": f"({_LINEAR}, str activation, ScalarType dtype) -> Tensor",
     "linear_requant": f"({_LINEAR}, str activation, {_OUT}) -> Tensor",
     "linear_requant_channels": f"({_LINEAR}, str activation, {_OUT_CHANNELS}) -> Tensor",
     "linear_residual": f"(Tensor(a!) x, {_LINEAR}) -> ()",
     "linear_residual_layernorm": f"(Tensor(a!) x, {_LINEAR}, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-    "float inv_scale, int zero_point, int bits, ScalarType dtype) -> Tensor",
+    f"float inv_scale, int zero_point, int bits, {_CODES}) -> Tensor",
     "linear_qkv": f"({_LINEAR}, {_HEADS}",
     "heads_quantize": "(Tensor qkv, bool norm, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "
     f"float eps, {_HEADS}",
@@ -52,16 +52,17 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return like.new_empty(shape, dtype=dtype)
 
 
+def _dtype(args: Sequence[Any]) -> torch.dtype:
+    """The container or dtype of the result: the last of an op's arguments but for a table."""
+    return next(a for a in reversed(args) if isinstance(a, torch.dtype))
+
+
 def _fake_same(x: Tensor, *args: Any) -> Tensor:
-    return _empty(x, x.shape, args[-1])
-
-
-def _fake_remap(codes: Tensor, table: Tensor) -> None:
-    return None
+    return _empty(x, x.shape, _dtype(args))
 
 
 def _fake_linear(x_q: Tensor, w_q: Tensor, *args: Any) -> Tensor:
-    return _empty(x_q, (*x_q.shape[:-1], w_q.shape[0]), args[-1])
+    return _empty(x_q, (*x_q.shape[:-1], w_q.shape[0]), _dtype(args))
 
 
 def _fake_residual(x: Tensor, x_q: Tensor, w_q: Tensor, *args: Any) -> None:
@@ -90,13 +91,12 @@ def _fake_heads_quantize(
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
     batch, heads, tokens, head_dim = q.shape
-    return _empty(q, (batch, tokens, heads * head_dim), args[-1])
+    return _empty(q, (batch, tokens, heads * head_dim), _dtype(args))
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _fake_same,
     "quantize_channels": _fake_same,
-    "remap": _fake_remap,
     "layernorm_quantize": _fake_same,
     "linear_float": _fake_linear,
     "linear_requant": _fake_linear,

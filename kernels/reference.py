@@ -93,12 +93,22 @@ def padded_tokens(tokens: int) -> int:
     return (tokens + TOKEN_PAD - 1) // TOKEN_PAD * TOKEN_PAD
 
 
-def quantize(x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
-    """Codes of floating-point `x`, same shape; computed in fp32 (rule 1)."""
-    return store_codes(round_codes(x.float(), inv_scale, zero_point, *code_range(bits)), dtype)
+def quantize(
+    x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype, table: Tensor | None = None
+) -> Tensor:
+    """Codes of floating-point `x`, same shape; computed in fp32 (rule 1).
+
+    Here and in every op that makes codes for a linear, `table` is int8 [256] where the linear's input has levels from
+    a table (docs/numerics.md, "Tables"): then levels leave, as `remap` makes them of the codes, in the int8 or uint8
+    container.
+    """
+    assert table is None or dtype != INT4
+    return remap(store_codes(round_codes(x.float(), inv_scale, zero_point, *code_range(bits)), dtype), table)
 
 
-def quantize_channels(x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def quantize_channels(
+    x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype, table: Tensor | None = None
+) -> Tensor:
     """`quantize` with a step and an offset a channel (docs/numerics.md, "Steps by channel").
 
     Args:
@@ -107,18 +117,22 @@ def quantize_channels(x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, d
         offset: fp32 [K], the zero-point of each channel; any real number.
         bits: 2..8.
         dtype: container of the codes [..., K].
+        table: see `quantize`.
     """
-    return store_codes(round_codes(x.float(), inv_scale, offset, *code_range(bits)), dtype)
+    assert table is None or dtype != INT4
+    return remap(store_codes(round_codes(x.float(), inv_scale, offset, *code_range(bits)), dtype), table)
 
 
-def remap(codes: Tensor, table: Tensor) -> None:
-    """Each code becomes its level, in place: table[code + 128] (docs/numerics.md, "Tables").
+def remap(codes: Tensor, table: Tensor | None) -> Tensor:
+    """`codes`, each become its level, in place: table[code + 128]; as they are without a table.
 
     Args:
         codes: int8 or uint8 container, any shape; never int4.
         table: int8 [256], levels by signed code from -128 on.
     """
-    codes.copy_(store_codes(table[(load_codes(codes) + OFFSET).long()].to(torch.int32), codes.dtype))
+    if table is None:
+        return codes
+    return codes.copy_(store_codes(table[(load_codes(codes) + OFFSET).long()].to(torch.int32), codes.dtype))
 
 
 def layernorm_quantize(
@@ -130,10 +144,11 @@ def layernorm_quantize(
     zero_point: int,
     bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Codes of LayerNorm(x) over the last dimension, statistics in fp32."""
     normed = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
-    return quantize(normed, inv_scale, zero_point, bits, dtype)
+    return quantize(normed, inv_scale, zero_point, bits, dtype, table)
 
 
 def accumulate(x_q: Tensor, w_q: Tensor, column: Tensor) -> Tensor:
@@ -170,10 +185,11 @@ def linear_requant(
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Codes of `linear`, [..., N]."""
     y = linear(x_q, w_q, scale, column, bias, activation)
-    return quantize(y, out_inv_scale, out_zero_point, out_bits, dtype)
+    return quantize(y, out_inv_scale, out_zero_point, out_bits, dtype, table)
 
 
 def linear_requant_channels(
@@ -187,10 +203,11 @@ def linear_requant_channels(
     out_offset: Tensor,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Codes of `linear`, [..., N], each output channel with its own step: `quantize_channels` says how."""
     y = linear(x_q, w_q, scale, column, bias, activation)
-    return quantize_channels(y, out_inv_scale, out_offset, out_bits, dtype)
+    return quantize_channels(y, out_inv_scale, out_offset, out_bits, dtype, table)
 
 
 def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None) -> None:
@@ -212,10 +229,11 @@ def linear_residual_layernorm(
     zero_point: int,
     bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """`linear_residual`, then `layernorm_quantize` of the new x."""
     linear_residual(x, x_q, w_q, scale, column, bias)
-    return layernorm_quantize(x, norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype)
+    return layernorm_quantize(x, norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype, table)
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -324,6 +342,7 @@ def attention(
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """softmax(QK^T)V on codes, requantised (rule 7).
 
@@ -340,6 +359,7 @@ def attention(
         out_zero_point: of the signed code.
         out_bits: 2..8 for codes, 16 for floating point.
         dtype: container of the codes, or the floating-point dtype.
+        table: see `quantize`; ignored for floating point.
 
     Returns:
         [B, N, H*d] in `dtype`.
@@ -356,7 +376,9 @@ def attention(
     acc = (weights.double() @ v[..., :tokens].transpose(-2, -1).double()).float()  # exact, rounded once
     y = acc * (v_scale.view(-1, 1, 1) / (unit * e.sum(-1, keepdim=True)))
     y = y.transpose(1, 2).flatten(2)
-    return y.to(dtype) if out_bits == FLOAT_BITS else quantize(y, out_inv_scale, out_zero_point, out_bits, dtype)
+    if out_bits == FLOAT_BITS:
+        return y.to(dtype)
+    return quantize(y, out_inv_scale, out_zero_point, out_bits, dtype, table)
 
 
 def logit_scale(q_scale: Tensor, k_scale: Tensor, head_dim: int) -> Tensor:

@@ -24,7 +24,8 @@ from lampq_rt.quantizers import QUANTIZERS
 class Step:
     """How one activation tensor is quantised: numbers only, so that tracing sees constants.
 
-    Where the step is one a channel, the `IntegerLinear` that reads the codes holds it (`IntegerLinear.vectors`).
+    Where the step is one a channel, or a table gives the levels, the `IntegerLinear` that reads the codes holds that
+    (`vectors`, `table`): buffers move with their module, and change with it.
 
     Attributes:
         inv_scale: fp32(1 / scale), as a Python float; 1 where a channel has its own.
@@ -68,8 +69,8 @@ class IntegerLinear(nn.Module):
     """A linear on codes. Buffers are those of design rule 5: y = (acc + column) * scale + bias.
 
     Where the plan gives every channel of its input a step (`channels`), `input_inv_scale` and `input_offset` are
-    fp32 [K], which whoever makes the codes takes from here; else None. Where the plan gives its input a table, codes
-    come on the 8-bit grid, and every method that takes them turns them into levels in place: they are used up.
+    fp32 [K], which whoever makes the codes takes from here; else None. So is `table`, int8 [256], where the plan gives
+    its input levels from a table: what comes, and what the dot product reads, are then levels of the 8-bit grid.
 
     Args:
         weight: fp32 [N, K].
@@ -124,58 +125,43 @@ class IntegerLinear(nn.Module):
             return None
         return self.input_inv_scale, self.input_offset
 
+    def codes(self, x: Tensor) -> tuple[float, int, int, torch.dtype, Tensor | None]:
+        """The ops' arguments for codes of this linear's input, on x's device, where it has one step."""
+        step = self.input
+        return step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend), self.table
+
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of floating-point `x` in this linear's input format."""
-        step = self.input
         if self.vectors is not None:
-            return ops(self.backend).quantize_channels(x, *self.vectors, step.bits, step.container(x, self.backend))
-        return ops(self.backend).quantize(
-            x, step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend)
-        )
+            return ops(self.backend).quantize_channels(x, *self.vectors, *self.codes(x)[2:])
+        return ops(self.backend).quantize(x, *self.codes(x))
 
-    def to_codes(
-        self,
-        x_q: Tensor,
-        out: Step,
-        activation: str,
-        dtype: torch.dtype = torch.float32,
-        vectors: Vectors | None = None,
-    ) -> Tensor:
-        """Codes [..., N] for the next op, or `dtype` where `out` is floating point.
+    def to_codes(self, x_q: Tensor, reader: IntegerLinear, activation: str = "none") -> Tensor:
+        """Codes [..., N] for the next linear.
 
         Args:
             x_q: codes [..., K].
-            out: format of the result.
+            reader: whose input they are.
             activation: "none" or "gelu".
-            dtype: of a floating-point result.
-            vectors: of the linear that reads the codes, where it has a step a channel.
         """
-        args = (self.levels(x_q), self.w_q, self.scale, self.column, self.bias, activation)
-        if out.bits == FLOAT_BITS:
-            return ops(self.backend).linear_float(*args, dtype)
-        tail = (out.bits, out.container(x_q, self.backend))
-        if vectors is not None:
-            return ops(self.backend).linear_requant_channels(*args, *vectors, *tail)
-        return ops(self.backend).linear_requant(*args, out.inv_scale, out.zero_point, *tail)
+        args = (x_q, self.w_q, self.scale, self.column, self.bias, activation)
+        if reader.vectors is not None:
+            return ops(self.backend).linear_requant_channels(*args, *reader.vectors, *reader.codes(x_q)[2:])
+        return ops(self.backend).linear_requant(*args, *reader.codes(x_q))
 
-    def to_float(self, x_q: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def to_float(self, x_q: Tensor, dtype: torch.dtype = torch.float32, activation: str = "none") -> Tensor:
         """[..., N] in `dtype`."""
-        return self.to_codes(x_q, FLOAT_STEP, "none", dtype)
+        args = (x_q, self.w_q, self.scale, self.column, self.bias, activation)
+        return ops(self.backend).linear_float(*args, dtype)
 
     def add_to(self, x: Tensor, x_q: Tensor) -> None:
         """x += the result, in place."""
-        ops(self.backend).linear_residual(x, self.levels(x_q), self.w_q, self.scale, self.column, self.bias)
+        ops(self.backend).linear_residual(x, x_q, self.w_q, self.scale, self.column, self.bias)
 
-    def add_to_and_norm(self, x: Tensor, x_q: Tensor, norm: QuantizingNorm) -> Tensor:
-        """x += the result, in place; the codes that `norm`, a LayerNorm's, makes of the new x."""
-        args = (x, self.levels(x_q), self.w_q, self.scale, self.column, self.bias)
-        return ops(self.backend).linear_residual_layernorm(*args, *norm.layernorm(), *norm.codes(x))
-
-    def levels(self, x_q: Tensor) -> Tensor:
-        """What the dot product reads, of the codes that came: `x_q` itself, remapped where there is a table."""
-        if self.table is not None:
-            ops(self.backend).remap(x_q, self.table)
-        return x_q
+    def add_to_and_norm(self, x: Tensor, x_q: Tensor, norm: QuantizingNorm, reader: IntegerLinear) -> Tensor:
+        """x += the result, in place; the codes for `reader` that `norm`, a LayerNorm's, makes of the new x."""
+        args = (x, x_q, self.w_q, self.scale, self.column, self.bias)
+        return ops(self.backend).linear_residual_layernorm(*args, *norm.layernorm(), *reader.codes(x))
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -190,12 +176,11 @@ class QuantizingNorm(nn.Module):
 
     Args:
         norm: the original; a LayerNorm is fused with the quantisation, any other is run as it is.
-        step: input format of the linear.
     """
 
-    def __init__(self, norm: nn.Module, step: Step, backend: str) -> None:
+    def __init__(self, norm: nn.Module, backend: str) -> None:
         super().__init__()
-        self.norm, self.step, self.backend = norm, step, backend
+        self.norm, self.backend = norm, backend
 
     @property
     def is_layernorm(self) -> bool:
@@ -207,16 +192,11 @@ class QuantizingNorm(nn.Module):
         assert isinstance(self.norm, nn.LayerNorm)
         return self.norm.weight, self.norm.bias, self.norm.eps
 
-    def codes(self, x: Tensor) -> tuple[float, int, int, torch.dtype]:
-        """The ops' arguments for the codes that follow, on x's device."""
-        step = self.step
-        return step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Floating point [..., D] to codes [..., D]."""
+    def forward(self, x: Tensor, reader: IntegerLinear) -> Tensor:
+        """Floating point [..., D] to codes [..., D] for `reader`."""
         if self.is_layernorm:
-            return ops(self.backend).layernorm_quantize(x, *self.layernorm(), *self.codes(x))
-        return ops(self.backend).quantize(self.norm(x.float()), *self.codes(x))
+            return ops(self.backend).layernorm_quantize(x, *self.layernorm(), *reader.codes(x))
+        return ops(self.backend).quantize(self.norm(x.float()), *reader.codes(x))
 
 
 class IntegerAttention(nn.Module):
@@ -246,7 +226,7 @@ class IntegerAttention(nn.Module):
 
     def heads_from_codes(self, qkv: IntegerLinear, x_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v codes from the codes that enter the qkv linear."""
-        args = (qkv.levels(x_q), qkv.w_q, qkv.scale, qkv.column, qkv.bias)
+        args = (x_q, qkv.w_q, qkv.scale, qkv.column, qkv.bias)
         return ops(self.backend).linear_qkv(*args, self.heads, self.steps, self.qk_bits, self.v_bits)
 
     def heads_from_float(self, qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,11 +237,19 @@ class IntegerAttention(nn.Module):
             return ops(self.backend).heads_quantize(qkv, *norms, *tail)
         return ops(self.backend).heads_quantize(qkv, False, None, None, None, None, 0.0, *tail)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Step, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes (or `dtype` where `out` is floating point) [B, N, H*d] for the output projection."""
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Step,
+        dtype: torch.dtype = torch.float32,
+        table: Tensor | None = None,
+    ) -> Tensor:
+        """Codes (or `dtype` where `out` is floating point) [B, N, H*d] for the output projection, which has `table`."""
         if out.bits != FLOAT_BITS:
             dtype = out.container(q, self.backend)
-        p, tail = (self.p_bits, self.p_scheme), (out.inv_scale, out.zero_point, out.bits, dtype)
+        p, tail = (self.p_bits, self.p_scheme), (out.inv_scale, out.zero_point, out.bits, dtype, table)
         return ops(self.backend).attention(q, k, v, self.logit_scale, self.v_scale, *p, *tail)
 
     def extra_repr(self) -> str:

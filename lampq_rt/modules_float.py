@@ -50,6 +50,11 @@ class Part(nn.Module):
     stream: Stream
 
     @property
+    def reader(self) -> nn.Module:
+        """The layer that `enter`'s result is for."""
+        raise NotImplementedError
+
+    @property
     def only_kernels(self) -> bool:
         """True where calls of kernels are all that `advance` and `enter` do on a CPU."""
         return False
@@ -67,7 +72,7 @@ class Part(nn.Module):
     def enter(self, x: Tensor) -> Tensor:
         """Norm of x: codes where the norm gives codes, else in the islands' precision."""
         norm = self.norm
-        return norm(x) if isinstance(norm, QuantizingNorm) else norm(x.to(self.island(x)))
+        return norm(x, self.reader) if isinstance(norm, QuantizingNorm) else norm(x.to(self.island(x)))
 
     def islands(self) -> Iterable[nn.Module]:
         """The modules that run in the stream's precision."""

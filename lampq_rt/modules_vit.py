@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -62,6 +62,11 @@ class AttentionPart(Part):
         self.plain = isinstance(self.qkv, IntegerLinear) and isinstance(self.q_norm, nn.Identity)
 
     @property
+    def reader(self) -> nn.Module:
+        """See `Part.reader`."""
+        return cast(nn.Module, self.qkv)
+
+    @property
     def only_kernels(self) -> bool:
         """See `Part.only_kernels`."""
         integer = self.plain and self.matmuls is not None and isinstance(self.proj, IntegerLinear)
@@ -80,14 +85,15 @@ class AttentionPart(Part):
     def _mixed_tokens(self, x: Tensor, out: Step) -> Tensor:
         """What enters the projection: codes in its format from integer matmuls, else floating point."""
         dtype = self.island(x)
+        table = self.proj.table if isinstance(self.proj, IntegerLinear) else None
         if self.matmuls is not None and self.plain:
-            return self.matmuls(*self.matmuls.heads_from_codes(self.qkv, x), out, dtype)
+            return self.matmuls(*self.matmuls.heads_from_codes(self.qkv, x), out, dtype, table)
         if not isinstance(self.qkv, IntegerLinear):
             qkv = self.qkv(x)
         else:  # codes of q, k and v are made from fp32: nothing is rounded between two steps (rule 1)
             qkv = self.qkv.to_float(x, dtype if self.matmuls is None else torch.float32)
         if self.matmuls is not None:
-            return self.matmuls(*self.matmuls.heads_from_float(qkv, self.q_norm, self.k_norm), out, dtype)
+            return self.matmuls(*self.matmuls.heads_from_float(qkv, self.q_norm, self.k_norm), out, dtype, table)
         q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         return softmax_attention(self.q_norm(q), self.k_norm(k), v)
 
@@ -108,16 +114,21 @@ class MlpPart(Part):
         self.act = mlp.act
         self.fused = _is_gelu(mlp.act) and isinstance(self.fc1, IntegerLinear)
 
+    @property
+    def reader(self) -> nn.Module:
+        """See `Part.reader`."""
+        return self.fc1
+
     def advance(self, x: Tensor, normed: Tensor, follower: Part | None) -> Advanced:
         """See `Part.advance`."""
         dtype = self.island(x)
         if not isinstance(self.fc1, IntegerLinear):
             hidden = self.act(self.fc1(normed))
         elif self.fused:
-            step, vectors = FLOAT_STEP, None
             if isinstance(self.fc2, IntegerLinear):
-                step, vectors = self.fc2.input, self.fc2.vectors
-            hidden = self.fc1.to_codes(normed, step, "gelu", dtype, vectors)
+                hidden = self.fc1.to_codes(normed, self.fc2, "gelu")
+            else:
+                hidden = self.fc1.to_float(normed, dtype, "gelu")
             return _add_linear(x, self.fc2, self.scale, hidden, follower, out_is_float=False)
         else:
             if isinstance(self.fc2, IntegerLinear):
@@ -275,7 +286,7 @@ def _linear(linear: nn.Linear, params: SiteParams, gamma: Tensor | None, backend
 
 
 def _norm(norm: nn.Module, linear: nn.Module, backend: str) -> nn.Module:
-    return QuantizingNorm(norm, linear.input, backend) if isinstance(linear, IntegerLinear) else norm
+    return QuantizingNorm(norm, backend) if isinstance(linear, IntegerLinear) else norm
 
 
 def _floating(*modules: nn.Module) -> list[nn.Module]:
@@ -291,7 +302,8 @@ def _add_linear(
         codes = linear.quantize(hidden) if out_is_float else hidden
         norm = None if follower is None else follower.norm
         if isinstance(norm, QuantizingNorm) and norm.is_layernorm:
-            return x, linear.add_to_and_norm(x, codes, norm)
+            assert follower is not None and isinstance(follower.reader, IntegerLinear)
+            return x, linear.add_to_and_norm(x, codes, norm, follower.reader)
         linear.add_to(x, codes)
     else:
         x = x + scale(linear(hidden)).to(x.dtype)

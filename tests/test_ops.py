@@ -302,7 +302,6 @@ def test_every_op_passes_opcheck() -> None:
     samples = {
         "quantize": (torch.randn(3, 5), 2.0, 1, 8, torch.uint8),
         "quantize_channels": (torch.randn(3, 96), steps, steps, 8, torch.uint8),
-        "remap": (x_q.clone(), torch.arange(256).sub(128).div(2, rounding_mode="floor").to(torch.int8)),
         "layernorm_quantize": (torch.randn(3, 64), None, None, 1e-6, 2.0, 1, 8, torch.uint8),
         "linear_float": (*linear, "gelu", torch.float32),
         "linear_requant": (*linear, "gelu", 2.0, 0, 8, torch.uint8),

@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 import lampq_rt  # noqa: E402
 from lampq_rt.kernels import reference  # noqa: E402
-from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline, remap, tables  # noqa: E402
+from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline, tables  # noqa: E402
 from tests import triton_cases as cases  # noqa: E402
 
 ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100", "gfx942")
@@ -48,7 +48,13 @@ def check(launch: offline.Launch, *, matrix: bool = True, load: int = 16, store:
 
 
 def linear_launch(
-    arch: str, epilogue: str, config: configs.LinearConfig, a_bits: int = 8, w_bits: int = 8, heads: int = 12
+    arch: str,
+    epilogue: str,
+    config: configs.LinearConfig,
+    a_bits: int = 8,
+    w_bits: int = 8,
+    heads: int = 12,
+    table: torch.Tensor | None = None,
 ) -> offline.Launch:
     """A linear of ViT-Base (with 12 heads) at batch 64; "gelu" packs its codes where its input is packed.
 
@@ -64,7 +70,7 @@ def linear_launch(
     if w_bits == 4:
         w_q = empty(n, width // 2, dtype=torch.uint8)
     vector, column = empty(n, dtype=torch.float32), empty(n, dtype=torch.int32)
-    options: dict[str, Any] = {"gelu": gelu, "config": config}
+    options: dict[str, Any] = {"gelu": gelu, "config": config, "table": table}
     out = empty(m, n, dtype=torch.float16 if epilogue in ("float", "residual") else torch.int8)
     if gelu and a_bits == 4:
         options |= {"out_packed": True, "codes": (-8, 7)}
@@ -124,13 +130,18 @@ def test_three_heads_are_stored_in_wide_pieces(arch: str) -> None:
 
 
 def attention_launches(
-    arch: str, tokens: int, head_dim: int, dtype: torch.dtype = torch.int8, p: tuple[int, str] = (8, "rowmax")
+    arch: str,
+    tokens: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.int8,
+    p: tuple[int, str] = (8, "rowmax"),
+    table: torch.Tensor | None = None,
 ) -> list[offline.Launch]:
     q, v = ((64, 12, tokens, head_dim), (64, 12, head_dim, reference.padded_tokens(tokens)))
     codes = [torch.empty(shape, dtype=torch.int8, device="meta") for shape in (q, q, v)]
     scale, bits = torch.empty(12, device="meta"), 4 if dtype == torch.int4 else 8
     with offline.recording(arch) as launches:
-        impl.attention(*codes, scale, scale, *p, 1.0, 0, bits, dtype)
+        impl.attention(*codes, scale, scale, *p, 1.0, 0, bits, dtype, table)
     return launches
 
 
@@ -191,18 +202,40 @@ def test_attention_and_layernorm_pack(arch: str, dtype: torch.dtype) -> None:
         check(launches[0], matrix=False, load=8, store=4)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
-def test_remap_moves_codes_in_wide_pieces(arch: str, dtype: torch.dtype) -> None:
-    codes, table = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((64, 197, 3072), (256,)))
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
+@pytest.mark.parametrize("epilogue", ["gelu", "channels", "attention", "layernorm", "rows"])
+def test_levels_are_looked_up_and_nothing_else_changes(arch: str, epilogue: str) -> None:
+    """A load of a byte for each code, in the epilogue; matrix instructions and the loop are those without a table."""
+    plain, with_table = (level_launch(arch, epilogue, has_table) for has_table in (False, True))
+    before, made = offline.compile_launch(plain), offline.compile_launch(with_table)
+    threads = plain.warps * (64 if arch.startswith("gfx") else 32)
+    columns = {"attention": ("BLOCK_D",), "layernorm": ("BLOCK_D",), "rows": ("TILE_0", "TILE_1")}
+    width = sum(plain.values[name] for name in columns.get(epilogue, ("BLOCK_N",)))
+    assert before.byte_accesses == 0 and made.byte_accesses == plain.values["BLOCK_M"] * width // threads
+    assert before.spills == made.spills == 0, made
+    assert (made.wgmma, made.mma, made.mfma) == (before.wgmma, before.mma, before.mfma), made
+    assert made.loop_mix.get("matrix") == before.loop_mix.get("matrix"), made
+    assert max(made.store_bytes) >= max(before.store_bytes) and max(made.load_bytes) == max(before.load_bytes), made
+    if arch == "sm90" and epilogue not in ("layernorm", "rows"):
+        assert made.wgmma and made.byte_shared_loads == made.byte_shared_stores == 0, made
+
+
+def level_launch(arch: str, epilogue: str, has_table: bool) -> offline.Launch:
+    """The kernel with that epilogue, or of that name, with or without a table."""
+    table = torch.empty(256, dtype=torch.int8, device="meta") if has_table else None
+    if epilogue in COLUMNS:
+        return linear_launch(arch, epilogue, small(arch), table=table)
+    if epilogue == "attention":
+        return attention_launches(arch, 197, 64, table=table)[0]
     with offline.recording(arch) as launches:
-        impl.remap(codes, table.view(torch.int8))
-    made = offline.compile_launch(launches[0])
-    assert max(made.load_bytes) == max(made.store_bytes) == min(made.store_bytes) == 16 and made.spills == 0, made
-    threads = launches[0].warps * (64 if arch.startswith("gfx") else 32)
-    assert made.byte_accesses == remap.BLOCK // threads, (
-        "a look-up a code, in a table that stays in the first-level cache"
-    )
+        if epilogue == "layernorm":
+            x, weight = torch.empty(12608, 192, dtype=torch.float16, device="meta"), torch.empty(192, device="meta")
+            impl.layernorm_quantize(x, weight, weight, 1e-6, 1.0, 0, 8, torch.int8, table)
+        else:
+            fitting = [c for c in configs.ROWS_CANDIDATES if configs.rows_feasible(c, 192, arch, 8, 8)]
+            ((_, args), _) = cases.rows_cases((64, 768, 192), (8, 8, 8))
+            cases.in_one_kernel(args, fitting[0], None if table is None else torch.empty(256, dtype=torch.int8))
+    return launches[0]
 
 
 ARITHMETIC = {"LOW", "HIGH", "V_LOW", "V_HIGH", "GELU", "HAS_BIAS", "HAS_WEIGHT", "P_BITS"}
@@ -223,7 +256,8 @@ def interpreted(group: str) -> Iterator[cases.Case]:
     if group == "layernorm":
         for bits, dtype in cases.QUANTIZE:
             yield from cases.quantize_cases(bits, dtype)
-        yield from cases.remap_cases()
+        table = cases.codes((256,), 8)
+        yield from ((name, (*args, table)) for name, args in cases.level_cases())
     elif group == "qkv":
         yield from (cases.qkv_case(case, bits) for case in cases.QKV for bits in cases.QKV_BITS)
     elif group == "attention":

@@ -19,7 +19,7 @@ import lampq_rt
 from lampq_rt.adapters import describe
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.gpu.work import LinearWork
-from lampq_rt.kernels.ops import TRITON
+from lampq_rt.kernels.ops import SCHEMAS, TRITON
 from lampq_rt.modules_float import Stream
 from lampq_rt.modules_vit import integer_vit
 from lampq_rt.plan import Plan
@@ -67,12 +67,21 @@ def test_quantize_and_layernorm(bits: int, dtype: torch.dtype) -> None:
         assert_codes(came, wanted, 0.0 if case[0].startswith("quantize") else 1e-3)
 
 
-def test_remap() -> None:
-    for name, (given, table) in cases.remap_cases():
-        came, wanted = given.clone(), given.clone()
-        getattr(TRITON, name)(came, table)
-        getattr(reference, name)(wanted, table)
-        assert torch.equal(came, wanted)
+@pytest.mark.usefixtures("poisoned")
+def test_levels_are_the_codes_looked_up() -> None:
+    from lampq_rt.kernels.gpu import configs
+
+    seen = set()
+    for seed, (name, args) in enumerate(cases.level_cases()):
+        table = cases.codes((256,), 8, seed=seed)
+        launches = [getattr(TRITON, name)]
+        if name == "linear_residual_layernorm":
+            launches.append(lambda *a: cases.in_one_kernel(a[:13], configs.ROWS_CANDIDATES[0], *a[13:]))
+        for launch in launches:
+            plain, looked_up = (launch(args[0].clone(), *args[1:], *tail) for tail in ((), (table,)))
+            assert torch.equal(looked_up, reference.remap(plain, table)), (name, args[0].shape)
+        seen.add(name)
+    assert seen == {name for name, schema in SCHEMAS.items() if "table=None" in schema}
 
 
 @pytest.mark.usefixtures("poisoned")

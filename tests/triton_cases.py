@@ -49,8 +49,6 @@ MODELS: tuple[tuple[Bits, int | None, bool], ...] = (
     ({"default": 5, "qkv": 4}, 4, False), (8, None, True), (4, None, True),
 )  # fmt: skip
 """(bits of every site or by kind, bits of the linears' inputs where they differ, P in powers of two)."""
-REMAP = ((1,), (63,), (2, 64), (5, 197, 192), (3, 4099))
-"""Shapes of codes."""
 CHANNELS: tuple[Bits, ...] = (8, 4, {"default": 8, "fc1": 16})
 """Bits of models whose fc2 have inputs by channel."""
 
@@ -74,14 +72,6 @@ def quantize_cases(bits: int, dtype: torch.dtype) -> Iterator[Case]:
         x[0, 0] = 3.0
         for affine in ((torch.randn(width), torch.randn(width)), (None, None)):
             yield "layernorm_quantize", (x, *affine, 1e-6, 20.0, 3, bits, dtype)
-
-
-def remap_cases() -> Iterator[Case]:
-    """Every shape in both containers, with a table of 16 levels."""
-    table = codes((16,), 8, seed=7).sort().values.repeat_interleave(16)
-    for shape in REMAP:
-        for dtype in (torch.int8, torch.uint8):
-            yield "remap", (reference.store_codes(codes(shape, 8).int(), dtype), table)
 
 
 def linear_case(shape: tuple[int, int, int], a_bits: int, w_bits: int) -> tuple[Tensor, ...]:
@@ -160,13 +150,23 @@ def rows_cases(shape: tuple[int, int, int], bits: tuple[int, int, int]) -> Itera
         yield "linear_residual_layernorm", (x, *case, *tail)
 
 
-def in_one_kernel(args: tuple[Any, ...], config: Any) -> Tensor:
+def level_cases() -> Iterator[Case]:
+    """Calls, whose codes are of 8 bits, of every op that makes codes; a table is still to be added."""
+    some = [*quantize_cases(8, torch.int8), *linear_cases((197, 192, 64), 8, 4), *linear_cases((49, 64, 1000), 8, 8)]
+    some += [*attention_cases(49, 48), *attention_cases(197, 64), *attention_cases(300, 32)]
+    some += [case for shape in ROWS for case in rows_cases(shape, (8, 8, 8))]
+    for name, args in some:
+        if args[-1] == torch.int8:
+            yield name, args
+
+
+def in_one_kernel(args: tuple[Any, ...], config: Any, table: Tensor | None = None) -> Tensor:
     """`linear_residual_layernorm` by the kernel that holds whole rows; x is args[0], in place."""
     from lampq_rt.kernels.gpu import impl
 
     *operands, bits, dtype = args
     out = impl._empty(args[0], tuple(args[0].shape), dtype).fill_(99)
-    impl.launch_rows(config, *operands[:6], out, *operands[6:], reference.code_range(bits))
+    impl.launch_rows(config, *operands[:6], out, *operands[6:], reference.code_range(bits), table)
     return out
 
 

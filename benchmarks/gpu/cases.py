@@ -14,6 +14,9 @@ from lampq_rt.kernels.gpu import configs
 
 LINEARS = ((197, 192, 576), (50, 768, 3072), (1576, 384, 384), (12, 3072, 768), (198, 128, 1000))
 
+TABLE = torch.arange(-128, 128).div(2, rounding_mode="floor").to(torch.int8)
+"""Levels of which neighbours are at most one apart, as codes are."""
+
 
 def _codes(shape: tuple[int, ...], bits: int, *, weight: bool = False) -> Tensor:
     low, high = reference.code_range(bits, weight=weight)
@@ -32,8 +35,9 @@ def cases() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"quantize {bits}", "quantize", (x, 1.0, 0, bits, dtype)
         channels = (2.0 ** torch.randint(-2, 3, (256,)), torch.randn(256) * 20)
         yield f"quantize channels {bits}", "quantize_channels", (x, *channels, bits, dtype)
-    codes, table = _codes((3, 67, 769), 8), _codes((16,), 8).sort().values.repeat_interleave(16)
-    yield "remap", "remap", (codes, table)
+    x = torch.randn(3, 67, 769) * 60
+    yield "quantize levels", "quantize", (x, 1.0, 0, 8, torch.int8, TABLE)
+    yield "layernorm levels", "layernorm_quantize", (x, None, None, 1e-6, 40.0, 3, 8, torch.int8, TABLE)
     for m, k, n in LINEARS:
         for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
             yield from _linear_cases(m, k, n, a_bits, w_bits)
@@ -49,6 +53,7 @@ def _linear_cases(m: int, k: int, n: int, a_bits: int, w_bits: int) -> Iterator[
     args, label = (*stored, scale, column, bias), f"{m}x{k}x{n} a{a_bits} w{w_bits}"
     for activation in ("none", "gelu"):
         yield f"requant {activation} {label}", "linear_requant", (*args, activation, 30.0, -2, 8, torch.int8)
+    yield f"requant levels {label}", "linear_requant", (*args, "gelu", 30.0, -2, 8, torch.int8, TABLE)
     inv_scale, offset = (torch.rand(n) + 0.5) * 30.0, torch.randn(n) * 20
     name = "linear_requant_channels"
     yield f"requant channels {label}", name, (*args, "gelu", inv_scale, offset, 8, torch.int8)
@@ -79,3 +84,4 @@ def _attention_cases(batch: int, tokens: int, heads: int, head_dim: int) -> Iter
     for p in ((8, "rowmax"), (4, "rowmax"), (4, "log2"), (3, "log2")):
         args = (q, k, reference.transpose_v(v), *scales, *p, 1.5, -2, 8, torch.int8)
         yield f"attention {label} {p[1]} p{p[0]}", "attention", args
+        yield f"attention levels {label} {p[1]} p{p[0]}", "attention", (*args, TABLE)

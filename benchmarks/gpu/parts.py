@@ -62,8 +62,7 @@ def correctness(_: list[str], __: Path, ___: Path | None) -> Facts:
 def _results(came: Any, name: str, args: list[Any]) -> list[torch.Tensor]:
     """Everything that an op wrote."""
     found = [] if came is None else list(came) if isinstance(came, tuple) else [came]
-    in_place = name == "remap" or name.startswith("linear_residual")
-    return [args[0], *found] if in_place else found
+    return [args[0], *found] if name.startswith("linear_residual") else found
 
 
 def _in_one_kernel(args: list[Any]) -> list[torch.Tensor]:

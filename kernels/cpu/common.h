@@ -19,10 +19,50 @@
 
 namespace {
 
+// A table of levels, int8 [256] by signed code from -128 on, as bytes of the container whose codes have `offset` added.
+struct Levels {
+  alignas(64) uint8_t bytes[256];  // what each byte becomes
+  bool given;
+
+  Levels(const int8_t* table, int offset) : given(table != nullptr) {
+    if (!given) return;
+    const int start = offset ? 0 : 128;  // of a container with offset 0 the first byte is code 0
+    for (int b = 0; b < 128; ++b) {
+      bytes[b] = static_cast<uint8_t>(table[start + b] + offset);
+      bytes[128 + b] = static_cast<uint8_t>(table[128 - start + b] + offset);
+    }
+  }
+};
+
+// bytes[r * stride + i] = table[bytes[r * stride + i]] for i < n; table [256], aligned to 64.
+inline void look_up(uint8_t* bytes, int64_t rows, int64_t stride, int64_t n, const uint8_t* table) {
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+  const __m512i a = _mm512_load_si512(table), b = _mm512_load_si512(table + 64);
+  const __m512i c = _mm512_load_si512(table + 128), d = _mm512_load_si512(table + 192);
+  const auto levels = [&](__m512i x) {  // a permutation reads the low 7 bits of a code; its top bit says which half of the table
+    const __m512i low = _mm512_permutex2var_epi8(a, x, b), high = _mm512_permutex2var_epi8(c, x, d);
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high);
+  };
+  const __mmask64 rest = (1ull << n % 64) - 1;
+  for (uint8_t* row = bytes; row < bytes + rows * stride; row += stride) {
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) _mm512_storeu_si512(row + i, levels(_mm512_loadu_si512(row + i)));
+    if (rest) _mm512_mask_storeu_epi8(row + i, rest, levels(_mm512_maskz_loadu_epi8(rest, row + i)));
+  }
+#else
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < n; ++i) bytes[r * stride + i] = table[bytes[r * stride + i]];
+#endif
+}
+
 // clamp(rne(x * inv + zp), lo, hi) + offset, stored as one byte; both containers have the same bits for offset 0 and 128.
 struct Codes {
   float inv, zero_point, low, high;
   int32_t offset;
+  const uint8_t* levels;  // what becomes of each byte at last (`Levels`), or null
+
+  Codes(float inv, float zero_point, float low, float high, int32_t offset, const Levels& table)
+      : inv(inv), zero_point(zero_point), low(low), high(high), offset(offset), levels(table.given ? table.bytes : nullptr) {}
 
   inline uint8_t operator()(float x) const {
     const float code = std::min(std::max(std::nearbyintf(x * inv + zero_point), low), high);
@@ -34,6 +74,7 @@ inline void quantize_row(const float* x, uint8_t* out, int64_t n, const Codes& c
   const Codes c = codes;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = c(x[i]);
+  if (c.levels) look_up(out, 1, n, n, c.levels);
 }
 
 struct AlignedFree {

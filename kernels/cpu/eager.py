@@ -36,6 +36,7 @@ def attention(
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention`; one integer matmul per image and head, for log2 codes one in fp64, exact as well."""
     batch, heads, tokens, head_dim = q.shape
@@ -58,4 +59,4 @@ def attention(
     flat = y.flatten(2)
     if out_bits == reference.FLOAT_BITS:
         return flat.to(dtype)
-    return reference.quantize(flat, out_inv_scale, out_zero_point, out_bits, dtype)
+    return reference.quantize(flat, out_inv_scale, out_zero_point, out_bits, dtype, table)

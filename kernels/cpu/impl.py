@@ -14,25 +14,21 @@ def _fp32(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
-def quantize(x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
+def quantize(
+    x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype, table: Tensor | None = None
+) -> Tensor:
     """See `reference.quantize`."""
     lib = native.library()
     if lib is None:
-        return reference.quantize(x.float(), inv_scale, zero_point, bits, dtype)
-    return native.quantize(lib, _fp32(x), inv_scale, zero_point, bits, dtype)
+        return reference.quantize(x.float(), inv_scale, zero_point, bits, dtype, table)
+    return native.quantize(lib, _fp32(x), inv_scale, zero_point, bits, dtype, table)
 
 
-def quantize_channels(x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def quantize_channels(
+    x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype, table: Tensor | None = None
+) -> Tensor:
     """See `reference.quantize_channels`, which serves: no usual model runs it, since fc1 makes those codes itself."""
-    return reference.quantize_channels(x, inv_scale, offset, bits, dtype)
-
-
-def remap(codes: Tensor, table: Tensor) -> None:
-    """See `reference.remap`."""
-    lib = native.library()
-    if lib is None or not codes.is_contiguous():
-        return reference.remap(codes, table)
-    return native.remap(lib, codes, table.contiguous())
+    return reference.quantize_channels(x, inv_scale, offset, bits, dtype, table)
 
 
 def layernorm_quantize(
@@ -44,12 +40,13 @@ def layernorm_quantize(
     zero_point: int,
     bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.layernorm_quantize`."""
     lib = native.library()
     if lib is None:
-        return reference.layernorm_quantize(x, weight, bias, eps, inv_scale, zero_point, bits, dtype)
-    return native.layernorm_quantize(lib, _fp32(x), weight, bias, eps, inv_scale, zero_point, bits, dtype)
+        return reference.layernorm_quantize(x, weight, bias, eps, inv_scale, zero_point, bits, dtype, table)
+    return native.layernorm_quantize(lib, _fp32(x), weight, bias, eps, inv_scale, zero_point, bits, dtype, table)
 
 
 def linear_float(
@@ -73,18 +70,19 @@ def linear_requant(
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_requant`; GELU and requantisation inside the matmul's call."""
     if linear.serves(w_q):
         weight = prepacked(linear.pack, w_q, scale, column, bias)
-        return linear.to_codes(x_q, weight, activation, out_inv_scale, out_zero_point, out_bits, dtype)
+        return linear.to_codes(x_q, weight, activation, out_inv_scale, out_zero_point, out_bits, dtype, table)
     offset = reference.OFFSET if dtype == torch.uint8 else 0
     packed = prepacked(onednn.pack, w_q, scale, column, bias)
     y = onednn.linear(x_q, packed, activation, 1.0 / out_inv_scale, out_zero_point + offset, dtype)
     if out_bits < 8:
         low, high = reference.code_range(out_bits)
         y.clamp_(low + offset, high + offset)
-    return y
+    return _remap(y, table)
 
 
 def linear_requant_channels(
@@ -98,15 +96,16 @@ def linear_requant_channels(
     out_offset: Tensor,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_requant_channels`. oneDNN's call has one zero-point and no steps behind a GELU: there
     the codes are made after it.
     """
     if linear.serves(w_q):
         weight = prepacked(linear.pack, w_q, scale, column, bias, out_inv_scale, out_offset)
-        return linear.to_codes(x_q, weight, activation, 1.0, 0, out_bits, dtype)
+        return linear.to_codes(x_q, weight, activation, 1.0, 0, out_bits, dtype, table)
     y = linear_float(x_q, w_q, scale, column, bias, activation, torch.float32)
-    return reference.quantize_channels(y, out_inv_scale, out_offset, out_bits, dtype)
+    return reference.quantize_channels(y, out_inv_scale, out_offset, out_bits, dtype, table)
 
 
 def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None) -> None:
@@ -134,9 +133,10 @@ def linear_residual_layernorm(
     zero_point: int,
     bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_residual_layernorm`; rows are normalised as soon as they are finished."""
-    norm = (norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype)
+    norm = (norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype, table)
     if x.dtype == torch.float32 and x.is_contiguous() and linear.serves(w_q):
         return linear.add_and_norm_(x, x_q, prepacked(linear.pack, w_q, scale, column, bias), *norm)
     linear_residual(x, x_q, w_q, scale, column, bias)
@@ -195,6 +195,7 @@ def attention(
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention`."""
     lib = native.library()
@@ -211,10 +212,19 @@ def attention(
         out_bits,
     )
     if lib is None or not native.has_products() or q.shape[-1] % 4:
-        return eager.attention(*args, dtype)
+        return eager.attention(*args, dtype, table)
     if out_bits == reference.FLOAT_BITS:
         return native.attention(lib, *args, torch.float32).to(dtype)
-    return native.attention(lib, *args, dtype)
+    return native.attention(lib, *args, dtype, table)
+
+
+def _remap(codes: Tensor, table: Tensor | None) -> Tensor:
+    """See `reference.remap`; for codes that oneDNN made, contiguous."""
+    lib = native.library()
+    if lib is None or table is None:
+        return reference.remap(codes, table)
+    native.remap(lib, codes, table)
+    return codes
 
 
 def _split(qkv: Tensor, heads: int, qk_bits: int, v_bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,25 +5,6 @@
 
 #include "vnni.h"
 
-namespace {
-
-// bytes[i] = table[bytes[i]]; table [256], aligned to 64.
-inline void remap_bytes(uint8_t* bytes, int64_t n, const uint8_t* table) {
-  int64_t i = 0;
-#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
-  const __m512i a = _mm512_load_si512(table), b = _mm512_load_si512(table + 64);
-  const __m512i c = _mm512_load_si512(table + 128), d = _mm512_load_si512(table + 192);
-  for (; i + 64 <= n; i += 64) {  // a permutation reads the low 7 bits of a code; its top bit says which half of the table
-    const __m512i x = _mm512_loadu_si512(bytes + i);
-    const __m512i low = _mm512_permutex2var_epi8(a, x, b), high = _mm512_permutex2var_epi8(c, x, d);
-    _mm512_storeu_si512(bytes + i, _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high));
-  }
-#endif
-  for (; i < n; ++i) bytes[i] = table[bytes[i]];
-}
-
-}  // namespace
-
 extern "C" {
 
 // 1 where attention and linears are compiled in.
@@ -35,9 +16,11 @@ int lampq_has_vnni() {
 #endif
 }
 
+// table int8 [256] by signed code from -128 on, or null; here and below.
 void lampq_quantize(const float* x, uint8_t* out, int64_t n, float inv, float zero_point, float low, float high, int offset,
-                    int threads) {
-  const Codes codes{inv, zero_point, low, high, offset};
+                    const int8_t* table, int threads) {
+  const Levels levels(table, offset);
+  const Codes codes(inv, zero_point, low, high, offset, levels);
   constexpr int64_t kChunk = 1 << 14;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
 #pragma omp parallel for num_threads(threads) if (chunks > 1)
@@ -45,21 +28,21 @@ void lampq_quantize(const float* x, uint8_t* out, int64_t n, float inv, float ze
     quantize_row(x + c * kChunk, out + c * kChunk, std::min(kChunk, n - c * kChunk), codes);
 }
 
-// Each of n codes becomes its level, in place; table [256] by signed code from -128 on, both containers.
-void lampq_remap(uint8_t* codes, const int8_t* table, int64_t n, int is_signed, int threads) {
-  const int flip = is_signed ? 0x80 : 0;
-  alignas(64) uint8_t bytes[256];  // byte after by byte before, as the container has them
-  for (int b = 0; b < 256; ++b) bytes[b] = static_cast<uint8_t>(table[b ^ flip]) ^ static_cast<uint8_t>(flip ^ 0x80);
+// Each of n codes becomes its level, in place: for codes that oneDNN made.
+void lampq_remap(uint8_t* codes, const int8_t* table, int64_t n, int offset, int threads) {
+  const Levels levels(table, offset);
   constexpr int64_t kChunk = 1 << 16;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
 #pragma omp parallel for num_threads(threads) if (chunks > 1)
-  for (int64_t c = 0; c < chunks; ++c) remap_bytes(codes + c * kChunk, std::min(kChunk, n - c * kChunk), bytes);
+  for (int64_t c = 0; c < chunks; ++c) look_up(codes + c * kChunk, 1, kChunk, std::min(kChunk, n - c * kChunk), levels.bytes);
 }
 
 // x [rows, width] fp32; weight and bias [width] or null; out [rows, width].
 void lampq_layernorm_quantize(const float* x, const float* weight, const float* bias, uint8_t* out, int64_t rows, int64_t width,
-                              float eps, float inv, float zero_point, float low, float high, int offset, int threads) {
-  const Codes codes{inv, zero_point, low, high, offset};
+                              float eps, float inv, float zero_point, float low, float high, int offset, const int8_t* table,
+                              int threads) {
+  const Levels levels(table, offset);
+  const Codes codes(inv, zero_point, low, high, offset, levels);
 #pragma omp parallel num_threads(threads) if (rows > 4)
   {
     Buffer<float> row = make_buffer<float>(width);
@@ -277,12 +260,15 @@ void one_head(const Attention& a, Scratch& s, const int8_t* q, const int8_t* k, 
       const int32_t* low = s.product.get() + r * 16 * vv;
       const int32_t* high = a.wide() ? s.product_high.get() + r * 16 * vv : nullptr;
       const int64_t place = (first + r) * out_stride;
-      if (a.floating)
+      if (a.floating) {
         store_row(low, high, scale, static_cast<float*>(out) + place, a.head_dim, [](float y) { return y; });
-      else
+      } else {
         store_row(low, high, scale, static_cast<uint8_t*>(out) + place, a.head_dim, Codes(a.codes));
+      }
     }
   }
+  // Not row by row: bytes that were just written in smaller pieces would be waited for.
+  if (a.codes.levels) look_up(static_cast<uint8_t*>(out), a.tokens, out_stride, a.head_dim, a.codes.levels);
 }
 
 }  // namespace
@@ -293,8 +279,10 @@ extern "C" {
 // 16; head_dim a multiple of 4. out [batch, tokens, heads * head_dim]: bytes, or fp32 where `floating`.
 void lampq_attention(const int8_t* q, const int8_t* k, const int8_t* v, const float* logit_scale, const float* v_scale, void* out,
                      int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, int64_t padded, float unit, int log2, float inv,
-                     float zero_point, float low, float high, int offset, int floating, int threads) {
-  const Attention a{heads, tokens, head_dim, padded, unit, log2 != 0, Codes{inv, zero_point, low, high, offset}, floating != 0};
+                     float zero_point, float low, float high, int offset, int floating, const int8_t* table, int threads) {
+  const Levels levels(floating ? nullptr : table, offset);
+  const Codes codes(inv, zero_point, low, high, offset, levels);
+  const Attention a{heads, tokens, head_dim, padded, unit, log2 != 0, codes, floating != 0};
   const int64_t width = heads * head_dim;
 #pragma omp parallel num_threads(threads)
   {

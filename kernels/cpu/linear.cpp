@@ -112,6 +112,10 @@ void run(const Linear& l, int64_t first, int64_t last, int64_t block, int64_t en
       dot_block(rows, l.x + r * l.features, l.features, weight, kVectors, steps, sums, l.start + block * kColumns);
       finish<kKind, kGelu>(l, sums, r, rows, block);
     }
+    if (kKind == kCodes && l.codes.levels) {  // not tile by tile: bytes that were just written in smaller pieces would be waited for
+      uint8_t* codes = static_cast<uint8_t*>(l.out) + first * l.channels + block * kColumns;
+      look_up(codes, last - first, l.channels, std::min(kColumns, l.channels - block * kColumns), l.codes.levels);
+    }
   }
 }
 
@@ -152,14 +156,16 @@ void lampq_pack_weight(const int8_t* weight, const int32_t* column, int64_t chan
 }
 
 // See `Linear`; kind 0 fp32 out, 1 codes, 2 out += result in fp32, and then codes of its LayerNorm where norm_out is given.
+// table int8 [256] by signed code from -128 on, or null: levels of the codes that leave.
 void lampq_linear(const uint8_t* x, const int32_t* weight, const int32_t* start, const float* scale, const float* bias,
                   const float* inverse, const float* zero_points, int64_t rows, int64_t features, int64_t channels, int kind, int gelu,
                   float inv, float zero_point, float low, float high, int offset, void* out, const float* norm_weight,
                   const float* norm_bias, float eps, float norm_inv, float norm_zero_point, float norm_low, float norm_high,
-                  int norm_offset, uint8_t* norm_out, int threads) {
+                  int norm_offset, uint8_t* norm_out, const int8_t* table, int threads) {
+  const Levels levels(table, norm_out ? norm_offset : offset);
   const Linear l{x, weight, start, scale, bias, inverse, zero_points, rows, features, channels, kind, gelu != 0,
-                 Codes{inv, zero_point, low, high, offset}, out, norm_weight, norm_bias, eps,
-                 Codes{norm_inv, norm_zero_point, norm_low, norm_high, norm_offset}, norm_out};
+                 Codes(inv, zero_point, low, high, offset, levels), out, norm_weight, norm_bias, eps,
+                 Codes(norm_inv, norm_zero_point, norm_low, norm_high, norm_offset, levels), norm_out};
   const int64_t tiles = (rows + kRows - 1) / kRows, blocks = l.blocks();
   if (tiles < 2 * threads && !norm_out) {  // few rows: share the columns
 #pragma omp parallel for num_threads(threads) schedule(static) if (blocks > 1)

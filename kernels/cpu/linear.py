@@ -77,14 +77,22 @@ def pack(
 
 
 def to_codes(
-    x_q: Tensor, packed: Packed, activation: str, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype
+    x_q: Tensor,
+    packed: Packed,
+    activation: str,
+    inv_scale: float,
+    zero_point: int,
+    bits: int,
+    dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
-    """Codes [..., N] in the int8 or uint8 container.
+    """Codes [..., N] in the int8 or uint8 container, or their levels where a `table` is given.
 
     Steps and zero-points that `packed` holds for the channels (`inverse`, `offset`) go before the numbers given here.
     """
     out = native.empty((*x_q.shape[:-1], len(packed.scale)), dtype)
-    _run(x_q, packed, CODES, activation, native.code_arguments(inv_scale, zero_point, bits, dtype), out, NO_NORM)
+    codes = native.code_arguments(inv_scale, zero_point, bits, dtype)
+    _run(x_q, packed, CODES, activation, codes, out, NO_NORM, table)
     return out
 
 
@@ -111,12 +119,13 @@ def add_and_norm_(
     zero_point: int,
     bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """x += the result; codes of LayerNorm(x). `x` fp32, contiguous."""
     out = native.empty(tuple(x.shape), dtype)
     codes = native.code_arguments(inv_scale, zero_point, bits, dtype)
     norm = (native.at(norm_weight), native.at(norm_bias), eps, *codes, out.data_ptr())
-    _run(x_q, packed, RESIDUAL, "none", NO_CODES, x, norm)
+    _run(x_q, packed, RESIDUAL, "none", NO_CODES, x, norm, table)
     return out
 
 
@@ -128,6 +137,7 @@ def _run(
     codes: tuple[float, float, float, float, int],
     out: Tensor,
     norm: tuple[object, ...],
+    table: Tensor | None = None,
 ) -> None:
     x = x_q.contiguous()
     if x.dtype != torch.uint8:
@@ -137,7 +147,7 @@ def _run(
         _library(), "lampq_linear", program.keep(x).data_ptr(), packed.weight.data_ptr(), packed.start.data_ptr(),
         packed.scale.data_ptr(), packed.bias.data_ptr(), native.at(packed.inverse), native.at(packed.offset),
         x.numel() // features, features, len(packed.scale), kind, int(activation == "gelu"), *codes,
-        program.keep(out).data_ptr(), *norm, torch.get_num_threads(),
+        program.keep(out).data_ptr(), *norm, native.at(table), torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -41,11 +41,11 @@ BUILD_SECONDS = 120
 _i64, _int, _float, _ptr = ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 _CODES = [_float, _float, _float, _float, _int]
 SIGNATURES: dict[str, list[Any]] = {
-    "lampq_quantize": [_ptr, _ptr, _i64, *_CODES, _int],
-    "lampq_layernorm_quantize": [_ptr, _ptr, _ptr, _ptr, _i64, _i64, _float, *_CODES, _int],
+    "lampq_quantize": [_ptr, _ptr, _i64, *_CODES, _ptr, _int],
+    "lampq_layernorm_quantize": [_ptr] * 4 + [_i64, _i64, _float, *_CODES, _ptr, _int],
     "lampq_split_heads": [_ptr] * 4 + [_i64] * 5 + [_int] * 5,
-    "lampq_linear": [_ptr] * 7 + [_i64] * 3 + [_int] * 2 + _CODES + [_ptr] * 3 + [_float, *_CODES, _ptr, _int],
-    "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_float, _int, *_CODES, _int, _int],
+    "lampq_linear": [_ptr] * 7 + [_i64] * 3 + [_int] * 2 + _CODES + [_ptr] * 3 + [_float, *_CODES, _ptr, _ptr, _int],
+    "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_float, _int, *_CODES, _int, _ptr, _int],
     "lampq_remap": [_ptr] * 2 + [_i64] + [_int] * 2,
     "lampq_pack_weight": [_ptr] * 2 + [_i64] * 2 + [_ptr] * 2,
     "lampq_run": [_ptr, _i64],
@@ -167,18 +167,26 @@ def at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else program.keep(tensor).data_ptr()  # type: ignore[no-any-return]
 
 
-def quantize(lib: ctypes.CDLL, x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
+def quantize(
+    lib: ctypes.CDLL,
+    x: Tensor,
+    inv_scale: float,
+    zero_point: int,
+    bits: int,
+    dtype: torch.dtype,
+    table: Tensor | None,
+) -> Tensor:
     """See `reference.quantize`; `x` fp32, contiguous."""
     out = empty(tuple(x.shape), dtype)
     codes = code_arguments(inv_scale, zero_point, bits, dtype)
-    call(lib, "lampq_quantize", at(x), at(out), x.numel(), *codes, torch.get_num_threads())
+    call(lib, "lampq_quantize", at(x), at(out), x.numel(), *codes, at(table), torch.get_num_threads())
     return out
 
 
 def remap(lib: ctypes.CDLL, codes: Tensor, table: Tensor) -> None:
     """See `reference.remap`; contiguous."""
-    signed = int(codes.dtype == torch.int8)
-    call(lib, "lampq_remap", at(codes), at(table), codes.numel(), signed, torch.get_num_threads())
+    offset = reference.OFFSET if codes.dtype == torch.uint8 else 0
+    call(lib, "lampq_remap", at(codes), at(table), codes.numel(), offset, torch.get_num_threads())
 
 
 def layernorm_quantize(
@@ -191,6 +199,7 @@ def layernorm_quantize(
     zero_point: int,
     bits: int,
     dtype: torch.dtype,
+    table: Tensor | None,
 ) -> Tensor:
     """See `reference.layernorm_quantize`; fp32, contiguous."""
     out = empty(tuple(x.shape), dtype)
@@ -207,6 +216,7 @@ def layernorm_quantize(
         width,
         eps,
         *codes,
+        at(table),
         torch.get_num_threads(),
     )
     return out
@@ -250,6 +260,7 @@ def attention(
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention`; all contiguous, head_dim a multiple of 4, `dtype` fp32 for a floating-point result."""
     unit, log2 = reference.softmax_unit(p_bits, p_scheme), int(p_scheme == "log2")
@@ -260,6 +271,6 @@ def attention(
     call(
         lib, "lampq_attention",
         at(q), at(k), at(v), at(logit_scale), at(v_scale), at(out), batch, heads, tokens, head_dim, v.shape[-1],
-        unit, log2, *codes, int(floating), torch.get_num_threads(),
+        unit, log2, *codes, int(floating), at(table), torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -19,7 +19,7 @@ from torch import Tensor
 
 _thread = threading.local()
 
-POINTERS, INTEGERS, FLOATS = 11, 10, 10
+POINTERS, INTEGERS, FLOATS = 12, 10, 10
 
 
 class _Call(ctypes.Structure):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lampq_rt.kernels.gpu.numerics import codes_int8, int8_to_fp16, pack_nibbles, powers_fp16, round_int8
+from lampq_rt.kernels.gpu.numerics import codes_int8, int8_to_fp16, levels, pack_nibbles, powers_fp16, round_int8
 
 
 @triton.jit
@@ -61,6 +61,7 @@ def attention_kernel(
     q_ptr, k_ptr,  # int8 [B, H, N, d]
     v_ptr,  # int8 [B, H, d, N_pad], zero in the padding
     logit_scale_ptr, v_scale_ptr,  # fp32 [H]
+    table_ptr,  # int8 [256], see `levels`, or None
     out_ptr,  # int8 [B, N, H*d], packed [B, N, H*d/2], or floating point
     TOKENS, PADDED, inv_scale, zero_point,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, P_BITS: tl.constexpr, UNIT: tl.constexpr, LOG2: tl.constexpr,
@@ -120,7 +121,7 @@ def attention_kernel(
         place = row_place[:, None] * width + head * HEAD_DIM + d[None, :]
         tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
-        codes = codes_int8(y, inv_scale, zero_point, LOW, HIGH, PTX)
+        codes = levels(codes_int8(y, inv_scale, zero_point, LOW, HIGH, PTX), table_ptr, OUT_PACKED)
         if OUT_PACKED:
             halves = tl.arange(0, BLOCK_D // 2)
             place = row_place[:, None] * (width // 2) + head * (HEAD_DIM // 2) + halves[None, :]

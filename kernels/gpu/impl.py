@@ -20,7 +20,6 @@ from lampq_rt.kernels.gpu import linear as linear_kernels
 from lampq_rt.kernels.gpu.attention import attention_kernel
 from lampq_rt.kernels.gpu.heads import heads_kernel
 from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel, quantize_kernel
-from lampq_rt.kernels.gpu.remap import BLOCK, remap_kernel
 from lampq_rt.kernels.gpu.rows import linear_rows_kernel
 from lampq_rt.kernels.gpu.scratch import split_scratch
 
@@ -71,41 +70,34 @@ def _bytes(codes: Tensor) -> Tensor:
     return codes.view(torch.int8) if codes.dtype == torch.uint8 else codes
 
 
-def quantize(x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype) -> Tensor:
+def quantize(
+    x: Tensor, inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype, table: Tensor | None = None
+) -> Tensor:
     """See `reference.quantize`."""
-    return _launch_quantize(x, inv_scale, zero_point, None, bits, dtype)
+    return _launch_quantize(x, inv_scale, zero_point, (x, x), bits, dtype, table, False)
 
 
-def quantize_channels(x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def quantize_channels(
+    x: Tensor, inv_scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype, table: Tensor | None = None
+) -> Tensor:
     """See `reference.quantize_channels`."""
-    return _launch_quantize(x, 1.0, 0, (inv_scale, offset), bits, dtype)
+    return _launch_quantize(x, 1.0, 0, (inv_scale, offset), bits, dtype, table, True)
 
 
 def _launch_quantize(
-    x: Tensor,
-    inv_scale: float,
-    zero_point: int,
-    channels: tuple[Tensor, Tensor] | None,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Start `quantize_kernel`; `channels` has 1/step and zero-point of each, in the place of the numbers."""
+    x: Tensor, inv_scale: float, zero_point: int, channels: tuple[Tensor, Tensor], bits: int, dtype: torch.dtype,
+    table: Tensor | None, by_channel: bool,
+) -> Tensor:  # fmt: skip
+    """Start `quantize_kernel`; `channels` has 1/step and zero-point of each, where those count, not the numbers."""
     x = x.contiguous()
     out = _empty(x, tuple(x.shape), dtype)
     low, high = reference.code_range(bits)
     block = 1024
     quantize_kernel[(triton.cdiv(x.numel(), block),)](
-        x, _bytes(out), *(channels or (x, x)), x.numel(), x.shape[-1], inv_scale, float(zero_point),
-        channels is not None, low, high, dtype == reference.INT4, _of(x)[2], block,
+        x, _bytes(out), *channels, table, x.numel(), x.shape[-1], inv_scale, float(zero_point), by_channel, low, high,
+        dtype == reference.INT4, _of(x)[2], block,
     )  # fmt: skip
     return out
-
-
-def remap(codes: Tensor, table: Tensor) -> None:
-    """See `reference.remap`; `codes` contiguous."""
-    assert codes.is_contiguous()
-    count, signed = codes.numel(), codes.dtype == torch.int8
-    remap_kernel[(triton.cdiv(count, BLOCK),)](codes.view(torch.int8), table, count, signed, BLOCK, num_warps=4)
 
 
 def layernorm_quantize(
@@ -117,6 +109,7 @@ def layernorm_quantize(
     zero_point: int,
     bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.layernorm_quantize`."""
     x = x.contiguous()
@@ -125,7 +118,7 @@ def layernorm_quantize(
     out = _empty(x, tuple(x.shape), dtype)
     block_m, block_d = configs.layernorm_blocks(width)
     layernorm_quantize_kernel[(triton.cdiv(rows, block_m),)](
-        x, weight if weight is not None else x, bias if bias is not None else x, _bytes(out),
+        x, weight if weight is not None else x, bias if bias is not None else x, table, _bytes(out),
         rows, width, eps, inv_scale, float(zero_point),
         weight is not None, bias is not None, *reference.code_range(bits), dtype == reference.INT4, _of(x)[2],
         block_m, block_d, num_warps=4,
@@ -173,7 +166,7 @@ def _launch_linear(
     linear_kernels.linear_kernel[(tiles, split)](
         _bytes(x_q), _bytes(w_q), scale, column, bias if bias is not None else scale, _bytes(out),
         options.pop("k", out), options.pop("v", out), options.pop("step", scale), options.pop("offset", scale),
-        partial, locks,
+        options.pop("table", None), partial, locks,
         m, n, k, tokens, padded, options.pop("inv_scale", 1.0), float(options.pop("zero_point", 0)),
         EPILOGUE=epilogue, GELU=options.pop("gelu", False), FAST_GELU=ptx, HAS_BIAS=bias is not None,
         LOW=low, HIGH=high, V_LOW=v_low, V_HIGH=v_high,
@@ -206,12 +199,14 @@ def linear_requant(
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_requant`."""
     out = _empty(x_q, (*x_q.shape[:-1], w_q.shape[0]), dtype)
     _launch_linear(
-        linear_kernels.REQUANT, x_q, w_q, scale, column, bias, out, gelu=activation == "gelu", inv_scale=out_inv_scale,
-        zero_point=out_zero_point, codes=reference.code_range(out_bits), out_packed=dtype == reference.INT4,
+        linear_kernels.REQUANT, x_q, w_q, scale, column, bias, out, gelu=activation == "gelu", table=table,
+        inv_scale=out_inv_scale, zero_point=out_zero_point, codes=reference.code_range(out_bits),
+        out_packed=dtype == reference.INT4,
     )  # fmt: skip
     return out
 
@@ -227,12 +222,13 @@ def linear_requant_channels(
     out_offset: Tensor,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_requant_channels`; tuned as `linear_requant`."""
     out = _empty(x_q, (*x_q.shape[:-1], w_q.shape[0]), dtype)
     _launch_linear(
-        linear_kernels.REQUANT, x_q, w_q, scale, column, bias, out, gelu=activation == "gelu", step=out_inv_scale,
-        offset=out_offset, codes=reference.code_range(out_bits), out_packed=dtype == reference.INT4,
+        linear_kernels.REQUANT, x_q, w_q, scale, column, bias, out, gelu=activation == "gelu", table=table,
+        step=out_inv_scale, offset=out_offset, codes=reference.code_range(out_bits), out_packed=dtype == reference.INT4,
     )  # fmt: skip
     return out
 
@@ -257,15 +253,16 @@ def linear_residual_layernorm(
     zero_point: int,
     bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_residual_layernorm`; one kernel where a tuned table prefers it, else two."""
     config = _rows_config(x_q, w_q)
     if config is None:
         linear_residual(x, x_q, w_q, scale, column, bias)
-        return layernorm_quantize(x, norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype)
+        return layernorm_quantize(x, norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype, table)
     out = _empty(x, tuple(x.shape), dtype)
     norm = (norm_weight, norm_bias, eps, inv_scale, zero_point)
-    launch_rows(config, x, x_q, w_q, scale, column, bias, out, *norm, reference.code_range(bits))
+    launch_rows(config, x, x_q, w_q, scale, column, bias, out, *norm, reference.code_range(bits), table)
     return out
 
 
@@ -294,6 +291,7 @@ def launch_rows(
     inv_scale: float,
     zero_point: int,
     codes: tuple[int, int],
+    table: Tensor | None = None,
 ) -> None:
     """Start `linear_rows_kernel`: `x` contiguous, at most `configs.MAX_ROW` wide; `out` in its container."""
     assert x.is_contiguous()
@@ -305,8 +303,8 @@ def launch_rows(
     m, ptx = x_q.numel() // x_q.shape[-1], _of(x_q)[2]
     linear_rows_kernel[(triton.cdiv(m, config.block_m),)](
         _bytes(x_q), _bytes(w_q), scale, column, bias if bias is not None else scale, x,
-        norm_weight if norm_weight is not None else scale, norm_bias if norm_bias is not None else scale, _bytes(out),
-        m, width, k, eps, inv_scale, float(zero_point),
+        norm_weight if norm_weight is not None else scale, norm_bias if norm_bias is not None else scale,
+        table, _bytes(out), m, width, k, eps, inv_scale, float(zero_point),
         bias is not None, norm_weight is not None, norm_bias is not None, *codes,
         a_packed, b_packed, out.dtype == torch.uint8, k % config.block_k == 0, ptx,
         config.block_m, *configs.row_tiles(width), config.block_k, num_warps=config.warps, num_stages=config.stages,
@@ -379,6 +377,7 @@ def attention(
     out_zero_point: int,
     out_bits: int,
     dtype: torch.dtype,
+    table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention`."""
     unit = reference.softmax_unit(p_bits, p_scheme)
@@ -388,7 +387,7 @@ def attention(
     config = configs.attention_config(tokens, head_dim, arch, p_scheme)
     floating = out_bits == reference.FLOAT_BITS
     attention_kernel[(triton.cdiv(tokens, config.block_m), batch * heads)](
-        q, k, v, logit_scale, v_scale, _bytes(out), tokens, v.shape[-1], out_inv_scale, float(out_zero_point),
+        q, k, v, logit_scale, v_scale, table, _bytes(out), tokens, v.shape[-1], out_inv_scale, float(out_zero_point),
         heads, head_dim, p_bits, unit, p_scheme == "log2", *(FULL if floating else reference.code_range(out_bits)),
         floating, dtype == reference.INT4, ptx,
         config.block_m, max(32, triton.next_power_of_2(head_dim)), *config.tiles, config.on_chip,

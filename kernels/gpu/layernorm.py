@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lampq_rt.kernels.gpu.numerics import codes_int8, pack_nibbles
+from lampq_rt.kernels.gpu.numerics import codes_int8, levels, pack_nibbles
 
 
 @triton.jit
@@ -21,6 +21,7 @@ def standardised(x, inside, D, eps):
 def layernorm_quantize_kernel(
     x_ptr,  # floating point [M, D]
     weight_ptr, bias_ptr,  # fp32 [D], or any pointer where HAS_AFFINE is false
+    table_ptr,  # int8 [256], see `levels`, or None
     out_ptr,  # int8 [M, D], or packed [M, D/2]
     M, D, eps, inv_scale, zero_point,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
@@ -37,7 +38,7 @@ def layernorm_quantize_kernel(
         y = y * tl.load(weight_ptr + columns, mask=columns < D, other=0.0)[None, :]
     if HAS_BIAS:
         y = y + tl.load(bias_ptr + columns, mask=columns < D, other=0.0)[None, :]
-    codes = codes_int8(y, inv_scale, zero_point, LOW, HIGH, PTX)
+    codes = levels(codes_int8(y, inv_scale, zero_point, LOW, HIGH, PTX), table_ptr, OUT_PACKED)
     if OUT_PACKED:
         halves = tl.arange(0, BLOCK_D // 2)
         place = rows.to(tl.int64)[:, None] * (D // 2) + halves[None, :]
@@ -52,6 +53,7 @@ def quantize_kernel(
     x_ptr,  # floating point [count]
     out_ptr,  # int8 [count], or packed [count / 2]
     step_ptr, offset_ptr,  # CHANNELS: fp32 [D], 1/step and zero-point of every channel
+    table_ptr,  # int8 [256], see `levels`, or None
     count, D, inv_scale, zero_point,
     CHANNELS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, OUT_PACKED: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
@@ -66,6 +68,7 @@ def quantize_kernel(
         codes = codes_int8(x, step, offset, LOW, HIGH, PTX)
     else:
         codes = codes_int8(x, inv_scale, zero_point, LOW, HIGH, PTX)
+    codes = levels(codes, table_ptr, OUT_PACKED)
     if OUT_PACKED:
         halves = first // 2 + tl.arange(0, BLOCK // 2)
         packed = tl.reshape(pack_nibbles(tl.reshape(codes, (1, BLOCK)), 1, BLOCK), (BLOCK // 2,))

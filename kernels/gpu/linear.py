@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lampq_rt.kernels.gpu.numerics import codes_int8, gelu, high_nibbles_x16, low_nibbles_x16, pack_nibbles
+from lampq_rt.kernels.gpu.numerics import codes_int8, gelu, high_nibbles_x16, levels, low_nibbles_x16, pack_nibbles
 
 REQUANT = tl.constexpr(0)
 FLOAT = tl.constexpr(1)
@@ -125,6 +125,7 @@ def linear_kernel(
     k_ptr, v_ptr,  # HEADS: k [B, H, N, d] and v [B, H, d, N_pad]
     step_ptr,  # HEADS, CHANNELS: fp32 [N], 1/step of every column
     offset_ptr,  # CHANNELS: fp32 [N], zero-point of every column
+    table_ptr,  # REQUANT, not packed: int8 [256], see `levels`, or None
     partial_ptr,  # SPLIT_K > 1: int32 [M, N] zeros, and
     lock_ptr,  # int32 [tiles], zeros
     M, N, K, TOKENS, PADDED,
@@ -204,6 +205,7 @@ def linear_kernel(
             codes = codes_int8(y, step, offset, LOW, HIGH, PTX)
         else:
             codes = codes_int8(y, inv_scale, zero_point, LOW, HIGH, PTX)
+        codes = levels(codes, table_ptr, OUT_PACKED)
         if OUT_PACKED:
             half_columns = first_column // 2 + tl.arange(0, BLOCK_N // 2)
             packed_place = rows.to(tl.int64)[:, None] * (N // 2) + half_columns[None, :]

@@ -49,6 +49,18 @@ def round_int8(scaled, LOW: tl.constexpr, HIGH: tl.constexpr, PTX: tl.constexpr)
 
 
 @triton.jit
+def levels(codes, table_ptr, PACKED: tl.constexpr):
+    """What int8 [256] at `table_ptr`, by signed code from -128 on, has for int8 codes; the codes where that is None.
+
+    A load of single bytes, from 256 that stay in the first-level cache. Codes that will be packed have no table.
+    """
+    tl.static_assert(table_ptr is None or not PACKED)
+    if table_ptr is not None:
+        codes = tl.load(table_ptr + 128 + codes.to(tl.int32))
+    return codes
+
+
+@triton.jit
 def powers_fp16(logarithm, BITS: tl.constexpr):
     """2^(2^BITS - 1 - rne(-logarithm)) as fp16, 0 where rne gives 2^BITS or more; logarithm fp32 <= 0, BITS <= 4.
 

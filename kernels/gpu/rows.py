@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lampq_rt.kernels.gpu.linear import load_codes, load_halves
-from lampq_rt.kernels.gpu.numerics import codes_int8, pack_nibbles
+from lampq_rt.kernels.gpu.numerics import codes_int8, levels, pack_nibbles
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _new_rows(
 
 @triton.jit
 def _store_codes(
-    centred, inverse, norm_weight_ptr, norm_bias_ptr, out_ptr, rows, columns, first: tl.constexpr, M, D,
+    centred, inverse, norm_weight_ptr, norm_bias_ptr, table_ptr, out_ptr, rows, columns, first: tl.constexpr, M, D,
     inv_scale, zero_point, HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, OUT_PACKED: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -66,7 +66,7 @@ def _store_codes(
         y = y * tl.load(norm_weight_ptr + columns, mask=inside, other=0.0)[None, :]
     if HAS_NORM_BIAS:
         y = y + tl.load(norm_bias_ptr + columns, mask=inside, other=0.0)[None, :]
-    codes = codes_int8(y, inv_scale, zero_point, LOW, HIGH, PTX)
+    codes = levels(codes_int8(y, inv_scale, zero_point, LOW, HIGH, PTX), table_ptr, OUT_PACKED)
     if OUT_PACKED:
         halves = first // 2 + tl.arange(0, BLOCK_N // 2)
         place = rows.to(tl.int64)[:, None] * (D // 2) + halves[None, :]
@@ -84,6 +84,7 @@ def linear_rows_kernel(
     scale_ptr, column_ptr, bias_ptr,  # fp32, int32, fp32 [D]; any pointer for bias where HAS_BIAS is false
     x_ptr,  # residual stream [M, D], floating point, in place
     norm_weight_ptr, norm_bias_ptr,  # fp32 [D], likewise
+    table_ptr,  # int8 [256], see `levels`, or None
     out_ptr,  # int8 [M, D], or packed [M, D/2]
     M, D, K, eps, inv_scale, zero_point,
     HAS_BIAS: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
@@ -123,11 +124,11 @@ def linear_rows_kernel(
         squares += tl.sum(centred_1 * centred_1, 1)
     inverse = 1.0 / tl.sqrt(squares / D + eps)
     _store_codes(
-        centred_0, inverse, norm_weight_ptr, norm_bias_ptr, out_ptr, rows, columns_0, 0, M, D, inv_scale, zero_point,
-        HAS_NORM_WEIGHT, HAS_NORM_BIAS, LOW, HIGH, OUT_PACKED, PTX, BLOCK_M, TILE_0,
+        centred_0, inverse, norm_weight_ptr, norm_bias_ptr, table_ptr, out_ptr, rows, columns_0, 0, M, D, inv_scale,
+        zero_point, HAS_NORM_WEIGHT, HAS_NORM_BIAS, LOW, HIGH, OUT_PACKED, PTX, BLOCK_M, TILE_0,
     )  # fmt: skip
     if TILE_1 > 0:
         _store_codes(
-            centred_1, inverse, norm_weight_ptr, norm_bias_ptr, out_ptr, rows, columns_1, TILE_0, M, D, inv_scale,
-            zero_point, HAS_NORM_WEIGHT, HAS_NORM_BIAS, LOW, HIGH, OUT_PACKED, PTX, BLOCK_M, TILE_1,
+            centred_1, inverse, norm_weight_ptr, norm_bias_ptr, table_ptr, out_ptr, rows, columns_1, TILE_0, M, D,
+            inv_scale, zero_point, HAS_NORM_WEIGHT, HAS_NORM_BIAS, LOW, HIGH, OUT_PACKED, PTX, BLOCK_M, TILE_1,
         )  # fmt: skip

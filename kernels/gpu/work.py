@@ -98,7 +98,7 @@ class LinearWork:
             work["gelu"] = args[5] == "gelu"
             if epilogue == "float":
                 work["out_dtype"] = args[-1]
-            elif args[-1] == reference.INT4:
+            elif any(arg is reference.INT4 for arg in args):
                 work["out_bits"] = 4
         return cls(epilogue, x_q.numel() // x_q.shape[-1], n, k, **work)
 

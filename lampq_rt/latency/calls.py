@@ -30,8 +30,8 @@ from lampq_rt.sites import Description, Site
 _BY_CHANNEL = {f"lampq::{op}_channels": f"lampq::{op}" for op in ("quantize", "linear_requant")}
 """Ops with a step a channel, and those with one step that do the same work: in a table they are one entry."""
 
-_FREE = ("lampq::remap",)
-"""Ops left out: a table's look-up takes microseconds, and its linear is known as that of a uniform 8-bit input."""
+_FREE = "table"
+"""An argument left out: what looking levels up adds to the op that makes the codes is below what a table can tell."""
 
 CLAMPED = 7
 """Stands for any width below 8 where an op clamps for it."""
@@ -123,7 +123,7 @@ class CallRecorder(TorchDispatchMode):
         before = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         after = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-        if before and func._schema.name not in _FREE and (writes or not all(_shares(t, before) for t in after)):
+        if before and (writes or not all(_shares(t, before) for t in after)):
             call = self._call(func, args, kwargs)
             seen = self.calls.get(call.key)
             self.calls[call.key] = Counted(call, 1 if seen is None else seen.count + 1)
@@ -137,6 +137,8 @@ class CallRecorder(TorchDispatchMode):
             elif argument.name in kwargs:
                 value = kwargs[argument.name]
             else:
+                continue
+            if argument.name == _FREE:
                 continue
             found.append((argument.name, self._spec(func._schema.name, argument.name, value)))
         call = Call(str(func._schema.name) + "." + func._overloadname, tuple(found))
