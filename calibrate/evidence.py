@@ -88,6 +88,11 @@ class Measurements:
         """What the residual stream may be stored in on a GPU."""
         return "float16" if self.residual_max <= HALF_RANGE else "bfloat16"
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that have linears among the sites, in order of execution."""
+        return tuple(dict.fromkeys(site.name.rsplit(".", 2)[0] for site in self.linears))
+
     @cached_property
     def plan_judge(self) -> Judge:
         """What plans are compared by: the images and shifted views of them."""
@@ -117,6 +122,7 @@ class Measurements:
             self.simulation.model,
             self.images,
             names,
+            blocks=self.blocks,
             labels=self.labels,
             seed=self.seed,
             progress=lambda d, n: self.report("Fisher information", d, n),
@@ -168,12 +174,11 @@ class Measurements:
     def _run(self) -> tuple[Tensor, float]:
         """Logits [n, classes] of the floating-point model, and the residual stream's largest absolute value."""
         peaks = [torch.zeros((), device=next(self.simulation.parameters()).device)]
-        blocks = dict.fromkeys(site.name.rsplit(".", 2)[0] for site in self.linears)
         hooks = [
             self.simulation.model.get_submodule(name).register_forward_hook(
                 lambda m, i, out: peaks.append(out.abs().max())
             )
-            for name in blocks
+            for name in self.blocks
         ]
         logits, done = [], 0
         try:
@@ -232,6 +237,7 @@ class SearchEvidence:
                     m.simulation.model,
                     m.images,
                     [site.name for site in self.sites],
+                    blocks=m.blocks,
                     seed=m.seed,
                     progress=lambda d, n: m.report(f"Fisher information at {self.nominal} bits", d, n),
                     shard=m.shard,
