@@ -54,6 +54,33 @@ class Spill:
         return Path(self._folder.name) / key.replace("/", "_")
 
 
+class Batches:
+    """fp32 rows [R, K] by batch, in order: a single batch in memory, several on disk."""
+
+    def __init__(self) -> None:
+        self._whole: Tensor | None = None
+        self._spill, self._count = Spill(), 0
+
+    def append(self, rows: Tensor, whole: bool) -> None:
+        """Add a batch; `whole` says that it is the only one."""
+        if whole:
+            self._whole = rows
+        else:
+            self._spill.append(str(self._count), rows)
+            self._count += 1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The batches, one at a time."""
+        if self._whole is not None:
+            yield self._whole
+        for number in range(self._count):
+            yield self._spill.read(str(number))
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._whole, self._spill, self._count = None, Spill(), 0
+
+
 class Lazy(Mapping[str, T]):
     """A mapping whose values are made anew each time they are asked for.
 
