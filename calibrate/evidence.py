@@ -144,6 +144,10 @@ class Measurements:
         widths = sorted(self.menu[site.name])
         return min((w for w in widths if w >= wanted), default=widths[-1])
 
+    def bare(self, site: Site, width: int) -> SiteParams:
+        """The site's formats at that width, without steps."""
+        return SiteParams(site.kind, dict(self.menu[site.name][width]), {}, site.params)
+
     def params(self, search: str, wanted: Mapping[str, Sequence[int]]) -> Table:
         """Formats and steps of these sites at these widths, found with the range search of that name."""
         missing = {

@@ -47,7 +47,7 @@ def finished(
         measurements: of `model`.
         original: the model that the plan will be applied to.
         model: `original` as prepared.
-        sites: formats and steps.
+        sites: formats and steps; where the recipe compensates, formats suffice.
         recipe: says whether to compensate.
 
     Raises:
