@@ -1,12 +1,14 @@
 """What calibrating costs: seconds and memory of every stage against the size of the model.
 
-    python -m benchmarks.calibration_cost [--models deit_tiny_patch16_224,…] [--images 8,32] [--threads 1]
+    python -m benchmarks.calibration_cost [--models deit_tiny_patch16_224,…] [--images 8,32] [--threads 1] [--brief]
 
 Random weights and random images: time and memory do not depend on them (but for the iterative update, which tries at
 most 30 swaps). Each model runs in a process of its own. Memory is the growth of the resident set since before the
-model was built, so that 1 x is the fp32 model itself. Every row is kept in benchmarks/results/calibration_cost.jsonl
-and not measured again; remove its line for that. The last row times the allocation alone: 24 blocks, 8 widths, 3
-budgets.
+model was built, so that 1 x is the fp32 model itself; "libraries" is what stays of that after a model of 0.2 MB was
+calibrated. Steps are searched at all widths; with --brief at 4 bits alone, without the penalties that need them all:
+a seventh of the time, and the same memory, since sites and widths are searched one by one. "fast" is the whole recipe,
+beside what the other stages keep. Every row is kept in benchmarks/results/calibration_cost.jsonl and not measured
+again; remove its line for that. The last row times the allocation alone: 24 blocks, 8 widths, 3 budgets.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from timm.models.vision_transformer import VisionTransformer
 
 import lampq_rt
 from benchmarks.markdown import put_between
@@ -47,13 +50,14 @@ def main(
     images: Annotated[str, typer.Option(help="Numbers of calibration images.")] = "8,32",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     plans: Annotated[bool, typer.Option(help="Also compare and update plans: the longest stage.")] = True,
+    brief: Annotated[bool, typer.Option(help="Search steps at one width alone.")] = False,
     out: Annotated[Path, typer.Option(help="Markdown file with the two markers.")] = Path("docs/results.md"),
     measure: Annotated[bool, typer.Option("--measure", hidden=True, help="Measure here; print the row.")] = False,
 ) -> None:
     """Measure the rows that are missing and write the table."""
     torch.set_num_threads(threads)
     if measure:
-        print(json.dumps(allocation() if models == MILP else cost(models, int(images), plans)))
+        print(json.dumps(allocation() if models == MILP else cost(models, int(images), plans, brief)))
         return
     rows = {_key(row): row for row in _read()}
     wanted = [(MILP, 0), *((name, int(n)) for name in models.split(",") for n in images.split(","))]
@@ -63,6 +67,7 @@ def main(
         console.print(f"{name}, {count} images")
         command = [sys.executable, "-m", "benchmarks.calibration_cost", "--measure", "--models", name]
         command += ["--images", str(count), "--threads", str(threads), "--plans" if plans else "--no-plans"]
+        command += ["--brief"] if brief else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows[name, count] = json.loads(done.stdout.splitlines()[-1])
         console.print(rows[name, count])
@@ -71,9 +76,10 @@ def main(
     put_between(out, "cost", _table(list(rows.values())))
 
 
-def cost(name: str, count: int, plans: bool) -> dict[str, Any]:
+def cost(name: str, count: int, plans: bool, brief: bool) -> dict[str, Any]:
     """Calibrate in this process, stage by stage."""
     memory = PeakMemory(torch.device("cpu"))
+    libraries = _libraries(memory)
     stages: list[dict[str, Any]] = []
 
     def stage(what: str, work: Callable[[], Any]) -> Any:
@@ -91,12 +97,14 @@ def cost(name: str, count: int, plans: bool) -> dict[str, Any]:
     calibration = stage("fp32 answers", lambda: calibrate(model, images))
     evidence = calibration.evidence("output-error", BITS)
     stage("observe", lambda: calibration.measurements.observations)
-    stage("steps", lambda: (evidence.table, calibration.plan(Budget(mean_bits=BITS), "uniform")))
+    stage("steps", lambda: (brief or evidence.table, calibration.plan(Budget(mean_bits=BITS), "uniform")))
     stage("Fisher", lambda: calibration.measurements.fisher)
     stage("Fisher at 4 bits", lambda: evidence.context)
     names = ("fisher-output", "fisher-context", "trace-dw")
-    stage("penalties", lambda: [PENALTIES.get(p)(evidence) for p in names] + [evidence.errors])
-    if plans:
+    if not brief:
+        stage("penalties", lambda: [PENALTIES.get(p)(evidence) for p in names] + [evidence.errors])
+    stage("fast", lambda: calibration.plan(Budget(mean_bits=BITS), "fast"))
+    if plans and not brief:
         stage("compare, update", lambda: calibration.plan(Budget(mean_bits=BITS)))
     return {
         "model": name,
@@ -105,10 +113,24 @@ def cost(name: str, count: int, plans: bool) -> dict[str, Any]:
         "stages": stages,
         "seconds": round(sum(s["seconds"] for s in stages[1:]), 1),
         "peak_bytes": max(s["peak_bytes"] or 0 for s in stages),
+        "libraries_bytes": libraries,
+        "widths": 1 if brief else len(calibration.measurements.widths(calibration.measurements.linears[0])),
         "threads": torch.get_num_threads(),
         "version": lampq_rt.__version__,
         "machine": machine(torch.device("cpu")),
     }
+
+
+def _libraries(memory: PeakMemory) -> int | None:
+    """Bytes that stay resident of a calibration of next to nothing: code and tables of the libraries."""
+    toy = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2, num_classes=10).eval()
+    calibration = calibrate(toy, torch.randn(8, 3, 32, 32))
+    for recipe in ("lampq", "fast"):
+        calibration.plan(Budget(mean_bits=BITS), recipe)
+    del calibration, toy
+    with memory.peak():
+        pass
+    return memory.peak_bytes
 
 
 def allocation() -> dict[str, Any]:

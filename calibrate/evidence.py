@@ -21,6 +21,7 @@ from lampq_rt.calibrate.metrics.fisher_output import output
 from lampq_rt.calibrate.observe import LinearObservation, Observation, observe
 from lampq_rt.calibrate.progress import Report
 from lampq_rt.calibrate.recipes import PLAIN, Preparation
+from lampq_rt.calibrate.spill import Lazy, Shelf
 from lampq_rt.calibrate.steps import step_table
 from lampq_rt.errors import BackendError, DataError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, TABLE_BITS
@@ -81,7 +82,7 @@ class Measurements:
         self.labels = shard.together(lambda: check_labels(labels, len(images), logits.shape[1]))
         truth = None if self.labels is None else shard.gather(self.labels)
         self.judge = Judge(self.images, logits, truth, self.count, shard)
-        self._steps: dict[tuple[str, str, int], SiteParams] = {}
+        self._steps = Shelf()
 
     @property
     def residual_dtype(self) -> str:
@@ -151,7 +152,7 @@ class Measurements:
     def params(self, search: str, wanted: Mapping[str, Sequence[int]]) -> Table:
         """Formats and steps of these sites at these widths, found with the range search of that name."""
         missing = {
-            name: [self.menu[name][width] for width in widths if (search, name, width) not in self._steps]
+            name: [self.menu[name][width] for width in widths if f"{search} {name} {width}" not in self._steps]
             for name, widths in wanted.items()
         }
         missing = {name: formats for name, formats in missing.items() if formats}
@@ -171,8 +172,14 @@ class Measurements:
 
             found = self.shard.together(solve)
             for part in self.shard.objects(found):
-                self._steps.update({(search, name, bits): p for name, row in part.items() for bits, p in row.items()})
-        return {name: {width: self._steps[search, name, width] for width in widths} for name, widths in wanted.items()}
+                for name, row in part.items():
+                    for bits, params in row.items():
+                        self._steps.put(f"{search} {name} {bits}", params)
+
+        def row_of(name: str) -> Mapping[int, SiteParams]:
+            return Lazy(wanted[name], lambda width: self._steps.get(f"{search} {name} {width}"))
+
+        return {name: row_of(name) for name in wanted}
 
     @torch.no_grad()
     def _run(self) -> tuple[Tensor, float]:

@@ -341,9 +341,7 @@ class Calibration:
         found = self.measurements.params(search, {name: [width] for name, width in widths.items()})
         return {name: found[name][width] for name, width in widths.items()}
 
-    def _refine(
-        self, recipe: Recipe, nominal: int, proposal: Proposal
-    ) -> tuple[dict[str, int], Mapping[str, Any]]:
+    def _refine(self, recipe: Recipe, nominal: int, proposal: Proposal) -> tuple[dict[str, int], Mapping[str, Any]]:
         m, evidence = self.measurements, self.evidence(recipe.search, nominal)
         table, errors = evidence.table, evidence.errors  # measured before the simulation is set
         if FLOAT_BITS in next(iter(proposal.problem.penalties.values())):

@@ -79,8 +79,8 @@ def score(
         model: in eval mode and floating point; images in, logits [B, classes] out. It is left as it was.
         images: fp32 [n, C, H, W] on any device; this process's share of them.
         sites: names of submodules that are called once in a forward pass with [B, ..., K] and return [B, ..., N].
-        blocks: names of submodules that run one after the other, once each, from one tensor to one tensor, in this order:
-            their graphs are made one at a time. Without, the whole graph is held.
+        blocks: names of submodules that run once each, in this order, from one tensor to one tensor: their graphs are
+            made one at a time. Without, the whole graph is held.
         labels: int64 [n]; None draws them from the model's own answers (then it is the Fisher matrix itself; given
             labels make it the "empirical" one).
         draws: labels drawn per image, each at the price of a backward pass; labels that are given count once.
