@@ -83,12 +83,12 @@ def cost(name: str, count: int, plans: bool, brief: bool) -> dict[str, Any]:
     stages: list[dict[str, Any]] = []
 
     def stage(what: str, work: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         with memory.peak():
             result = work()
-        stages.append(
-            {"stage": what, "seconds": round(time.perf_counter() - started, 2), "peak_bytes": memory.peak_bytes}
-        )
+        taken = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
+        taken = {key: round(value, 2) for key, value in taken.items()}
+        stages.append({"stage": what, **taken, "peak_bytes": memory.peak_bytes})
         print(stages[-1], file=sys.stderr)
         return result
 
@@ -112,6 +112,7 @@ def cost(name: str, count: int, plans: bool, brief: bool) -> dict[str, Any]:
         "fp32_bytes": weight_bytes(model),
         "stages": stages,
         "seconds": round(sum(s["seconds"] for s in stages[1:]), 1),
+        "cpu_seconds": round(sum(s["cpu_seconds"] for s in stages[1:]), 1),
         "peak_bytes": max(s["peak_bytes"] or 0 for s in stages),
         "libraries_bytes": libraries,
         "widths": 1 if brief else len(calibration.measurements.widths(calibration.measurements.linears[0])),

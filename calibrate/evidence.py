@@ -26,6 +26,7 @@ from lampq_rt.calibrate.steps import step_table
 from lampq_rt.errors import BackendError, DataError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, TABLE_BITS
 from lampq_rt.kernels.reference import MAX_LOG2_BITS
+from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import BLOCK_LINEARS, Kind, Site
@@ -185,12 +186,12 @@ class Measurements:
     def _run(self) -> tuple[Tensor, float]:
         """Logits [n, classes] of the floating-point model, and the residual stream's largest absolute value."""
         peaks = [torch.zeros((), device=next(self.simulation.parameters()).device)]
-        hooks = [
-            self.simulation.model.get_submodule(name).register_forward_hook(
-                lambda m, i, out: peaks.append(out.abs().max())
-            )
-            for name in self.blocks
-        ]
+
+        def see(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+            peaks.append(out.abs().max())
+            trim()
+
+        hooks = [self.simulation.model.get_submodule(name).register_forward_hook(see) for name in self.blocks]
         logits, done = [], 0
         try:
             for batch in self.images.split(UNIT):

@@ -94,6 +94,7 @@ def step_table(
             if params.bits in table[name]:
                 raise FormatError(f"site {name!r}: the menu offers {params.bits} bits twice")
             table[name][params.bits] = params
+            trim()
         del solver  # its samples, before the next site's are read
         trim()
         if progress is not None:
