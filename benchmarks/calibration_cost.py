@@ -189,18 +189,19 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     if models:
         first = models[0]
         stages = list(dict.fromkeys(s["stage"] for row in models for s in row["stages"][1:]))
-        yield f"\n{first['machine']}, {first['threads']} thread(s). Seconds, and in brackets peak memory over the fp32"
-        yield "model's bytes, the model included.\n"
-        yield f"| model | images | fp32 MB | {' | '.join(stages)} | all | peak |"
-        yield "|---" * (len(stages) + 5) + "|"
+        yield f"\n{first['machine']}, {first['threads']} thread(s). Seconds of the processor, and in brackets peak memory"
+        yield "over the fp32 model's bytes, model and libraries included.\n"
+        yield f"| model | images | widths | fp32 MB | libraries MB | {' | '.join(stages)} | all | peak |"
+        yield "|---" * (len(stages) + 7) + "|"
     for row in sorted(models, key=lambda r: (r["fp32_bytes"], r["images"])):
         full, found = row["fp32_bytes"], {s["stage"]: s for s in row["stages"]}
         cells = [
-            f"{found[s]['seconds']:.1f} ({(found[s]['peak_bytes'] or 0) / full:.1f})" if s in found else "–"
+            f"{found[s]['cpu_seconds']:.1f} ({(found[s]['peak_bytes'] or 0) / full:.1f})" if s in found else "–"
             for s in stages
         ]
         yield (
-            f"| {row['model']} | {row['images']} | {full / 1e6:.0f} | {' | '.join(cells)} | {row['seconds']:.0f} | "
+            f"| {row['model']} | {row['images']} | {row['widths']} | {full / 1e6:.0f} | "
+            f"{(row['libraries_bytes'] or 0) / 1e6:.0f} | {' | '.join(cells)} | {row['cpu_seconds']:.0f} | "
             f"{row['peak_bytes'] / full:.2f} × |"
         )
     for row in (row for row in rows if row["model"] == MILP):
