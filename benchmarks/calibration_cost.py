@@ -1,12 +1,14 @@
 """What calibrating costs: seconds and memory of every stage against the size of the model.
 
-    python -m benchmarks.calibration_cost [--models deit_tiny_patch16_224,…] [--images 8,32] [--threads 1]
+    python -m benchmarks.calibration_cost [--models deit_tiny_patch16_224,…] [--images 8,32] [--threads 1] [--brief]
 
 Random weights and random images: time and memory do not depend on them (but for the iterative update, which tries at
 most 30 swaps). Each model runs in a process of its own. Memory is the growth of the resident set since before the
-model was built, so that 1 x is the fp32 model itself. Every row is kept in benchmarks/results/calibration_cost.jsonl
-and not measured again; remove its line for that. The last row times the allocation alone: 24 blocks, 8 widths, 3
-budgets.
+model was built, so that 1 x is the fp32 model itself; "libraries" is what stays of that after a model of 0.2 MB was
+calibrated. Steps are searched at all widths; with --brief at 4 bits alone, without the penalties that need them all:
+a seventh of the time, and the same memory, since sites and widths are searched one by one. "fast" is the whole recipe,
+beside what the other stages keep. Every row is kept in benchmarks/results/calibration_cost.jsonl and not measured
+again; remove its line for that. The last row times the allocation alone: 24 blocks, 8 widths, 3 budgets.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from timm.models.vision_transformer import VisionTransformer
 
 import lampq_rt
 from benchmarks.markdown import put_between
@@ -47,13 +50,14 @@ def main(
     images: Annotated[str, typer.Option(help="Numbers of calibration images.")] = "8,32",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     plans: Annotated[bool, typer.Option(help="Also compare and update plans: the longest stage.")] = True,
+    brief: Annotated[bool, typer.Option(help="Search steps at one width alone.")] = False,
     out: Annotated[Path, typer.Option(help="Markdown file with the two markers.")] = Path("docs/results.md"),
     measure: Annotated[bool, typer.Option("--measure", hidden=True, help="Measure here; print the row.")] = False,
 ) -> None:
     """Measure the rows that are missing and write the table."""
     torch.set_num_threads(threads)
     if measure:
-        print(json.dumps(allocation() if models == MILP else cost(models, int(images), plans)))
+        print(json.dumps(allocation() if models == MILP else cost(models, int(images), plans, brief)))
         return
     rows = {_key(row): row for row in _read()}
     wanted = [(MILP, 0), *((name, int(n)) for name in models.split(",") for n in images.split(","))]
@@ -63,6 +67,7 @@ def main(
         console.print(f"{name}, {count} images")
         command = [sys.executable, "-m", "benchmarks.calibration_cost", "--measure", "--models", name]
         command += ["--images", str(count), "--threads", str(threads), "--plans" if plans else "--no-plans"]
+        command += ["--brief"] if brief else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows[name, count] = json.loads(done.stdout.splitlines()[-1])
         console.print(rows[name, count])
@@ -71,18 +76,19 @@ def main(
     put_between(out, "cost", _table(list(rows.values())))
 
 
-def cost(name: str, count: int, plans: bool) -> dict[str, Any]:
+def cost(name: str, count: int, plans: bool, brief: bool) -> dict[str, Any]:
     """Calibrate in this process, stage by stage."""
     memory = PeakMemory(torch.device("cpu"))
+    libraries = _libraries(memory)
     stages: list[dict[str, Any]] = []
 
     def stage(what: str, work: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         with memory.peak():
             result = work()
-        stages.append(
-            {"stage": what, "seconds": round(time.perf_counter() - started, 2), "peak_bytes": memory.peak_bytes}
-        )
+        taken = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
+        taken = {key: round(value, 2) for key, value in taken.items()}
+        stages.append({"stage": what, **taken, "peak_bytes": memory.peak_bytes})
         print(stages[-1], file=sys.stderr)
         return result
 
@@ -91,12 +97,14 @@ def cost(name: str, count: int, plans: bool) -> dict[str, Any]:
     calibration = stage("fp32 answers", lambda: calibrate(model, images))
     evidence = calibration.evidence("output-error", BITS)
     stage("observe", lambda: calibration.measurements.observations)
-    stage("steps", lambda: (evidence.table, calibration.plan(Budget(mean_bits=BITS), "uniform")))
+    stage("steps", lambda: (brief or evidence.table, calibration.plan(Budget(mean_bits=BITS), "uniform")))
     stage("Fisher", lambda: calibration.measurements.fisher)
     stage("Fisher at 4 bits", lambda: evidence.context)
     names = ("fisher-output", "fisher-context", "trace-dw")
-    stage("penalties", lambda: [PENALTIES.get(p)(evidence) for p in names] + [evidence.errors])
-    if plans:
+    if not brief:
+        stage("penalties", lambda: [PENALTIES.get(p)(evidence) for p in names] + [evidence.errors])
+    stage("fast", lambda: calibration.plan(Budget(mean_bits=BITS), "fast"))
+    if plans and not brief:
         stage("compare, update", lambda: calibration.plan(Budget(mean_bits=BITS)))
     return {
         "model": name,
@@ -104,11 +112,26 @@ def cost(name: str, count: int, plans: bool) -> dict[str, Any]:
         "fp32_bytes": weight_bytes(model),
         "stages": stages,
         "seconds": round(sum(s["seconds"] for s in stages[1:]), 1),
+        "cpu_seconds": round(sum(s["cpu_seconds"] for s in stages[1:]), 1),
         "peak_bytes": max(s["peak_bytes"] or 0 for s in stages),
+        "libraries_bytes": libraries,
+        "widths": 1 if brief else len(calibration.measurements.widths(calibration.measurements.linears[0])),
         "threads": torch.get_num_threads(),
         "version": lampq_rt.__version__,
         "machine": machine(torch.device("cpu")),
     }
+
+
+def _libraries(memory: PeakMemory) -> int | None:
+    """Bytes that stay resident of a calibration of next to nothing: code and tables of the libraries."""
+    toy = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2, num_classes=10).eval()
+    calibration = calibrate(toy, torch.randn(8, 3, 32, 32))
+    for recipe in ("lampq", "fast"):
+        calibration.plan(Budget(mean_bits=BITS), recipe)
+    del calibration, toy
+    with memory.peak():
+        pass
+    return memory.peak_bytes
 
 
 def allocation() -> dict[str, Any]:
@@ -166,18 +189,19 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     if models:
         first = models[0]
         stages = list(dict.fromkeys(s["stage"] for row in models for s in row["stages"][1:]))
-        yield f"\n{first['machine']}, {first['threads']} thread(s). Seconds, and in brackets peak memory over the fp32"
-        yield "model's bytes, the model included.\n"
-        yield f"| model | images | fp32 MB | {' | '.join(stages)} | all | peak |"
-        yield "|---" * (len(stages) + 5) + "|"
+        yield f"\n{first['machine']}, {first['threads']} thread(s). Seconds of the processor, and in brackets peak memory"
+        yield "over the fp32 model's bytes, model and libraries included.\n"
+        yield f"| model | images | widths | fp32 MB | libraries MB | {' | '.join(stages)} | all | peak |"
+        yield "|---" * (len(stages) + 7) + "|"
     for row in sorted(models, key=lambda r: (r["fp32_bytes"], r["images"])):
         full, found = row["fp32_bytes"], {s["stage"]: s for s in row["stages"]}
         cells = [
-            f"{found[s]['seconds']:.1f} ({(found[s]['peak_bytes'] or 0) / full:.1f})" if s in found else "–"
+            f"{found[s]['cpu_seconds']:.1f} ({(found[s]['peak_bytes'] or 0) / full:.1f})" if s in found else "–"
             for s in stages
         ]
         yield (
-            f"| {row['model']} | {row['images']} | {full / 1e6:.0f} | {' | '.join(cells)} | {row['seconds']:.0f} | "
+            f"| {row['model']} | {row['images']} | {row['widths']} | {full / 1e6:.0f} | "
+            f"{(row['libraries_bytes'] or 0) / 1e6:.0f} | {' | '.join(cells)} | {row['cpu_seconds']:.0f} | "
             f"{row['peak_bytes'] / full:.2f} × |"
         )
     for row in (row for row in rows if row["model"] == MILP):

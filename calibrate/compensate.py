@@ -11,11 +11,14 @@ floating-point model. Its steps are searched on the former. Then, over rows weig
 The regression aims at what this site would give without its own quantisation, not at the floating-point model's
 output: the errors gathered before it look like noise to it, against which least squares can only shrink the weight,
 and twelve blocks of shrunken outputs are worse than the noise (tried: KL 0.9 instead of 0.5 on DeiT-Tiny at 4 bits).
+
+A site's inputs are held for one batch of images at a time; those of more wait on disk, and moments are summed over
+batches. Between sites only the two residual streams stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,11 +37,13 @@ from lampq_rt.calibrate.observe import (
     QKObservation,
     patches,
 )
-from lampq_rt.calibrate.rounding import gptq, weighted_moment
+from lampq_rt.calibrate.rounding import gptq
 from lampq_rt.calibrate.search import weight_scale
-from lampq_rt.calibrate.search.output_error import row_worth
+from lampq_rt.calibrate.search.output_error import energy_worth, row_energy
+from lampq_rt.calibrate.spill import Batches
 from lampq_rt.calibrate.steps import DEFAULT_SEARCH, site_params
 from lampq_rt.inputs import quantized_input
+from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import Kind, Site
@@ -87,20 +92,22 @@ def compensate(
     for done, site in enumerate(exact.description.sites, 1):
         params = sites[site.name]
         if not params.is_float:
-            x, x_hat = walk.inputs(site)
             if site.is_matmul:
-                params = site_params(site, params.formats, _matmul(site, x_hat), None, search)
+                seen = _matmul(site, walk.inputs(site, 1), len(images))
+                params = site_params(site, params.formats, seen, None, search)
             else:
                 linear = quantised.module(site.name)
                 assert isinstance(linear, SimulatedLinear), site.name
                 prefix = getattr(exact.model, "num_prefix_tokens", 0)
-                work = _Linear(site, linear.original, x[0], x_hat[0], prefix, seed)
+                work = _Linear(site, linear.original, walk, prefix, seed)
                 params, bias = work.solve(params, search)
+                del work
                 if bias is not None:
                     linear.original.bias = nn.Parameter(bias, requires_grad=False)
                     biases[f"{site.name}.bias"] = bias
             quantised.set({site.name: params})
         found[site.name] = params
+        trim()
         if progress is not None:
             progress(done, len(sites))
     return found, biases
@@ -115,22 +122,21 @@ class _Walk:
         self.block: int | None = None
         self.streams: list[Tensor] = []
 
-    def inputs(self, site: Site) -> tuple[list[Tensor], list[Tensor]]:
-        """Operands of the site in the floating-point and in the quantised model."""
+    def inputs(self, site: Site, which: int) -> Iterator[tuple[Tensor, ...]]:
+        """Operands of the site in the floating-point (0) or the quantised model (1), a batch of images at a time."""
+        model = self.models[which]
         if site.block is None:
-            found = [_capture(m.module(site.name), m, self.images) for m in self.models]
-        else:
-            self._advance(site.block)
-            found = [
-                _capture(m.module(site.name), blocks[site.block], stream)
-                for m, blocks, stream in zip(self.models, self.blocks, self.streams, strict=True)
-            ]
-        return found[0], found[1]
+            return _capture(model.module(site.name), model, self.images)
+        self._advance(site.block)
+        return _capture(model.module(site.name), self.blocks[which][site.block], self.streams[which])
 
     def _advance(self, block: int) -> None:
         """Move both residual streams to the input of `block`."""
         if self.block is None:
-            self.streams = [_capture(b[0], m, self.images)[0] for m, b in zip(self.models, self.blocks, strict=True)]
+            self.streams = [
+                torch.cat([x for (x,) in _capture(b[0], m, self.images)])
+                for m, b in zip(self.models, self.blocks, strict=True)
+            ]
             self.block = 0
         while self.block < block:
             self.streams = [
@@ -141,55 +147,108 @@ class _Walk:
 
 
 class _Linear:
-    """One linear with its inputs, [R, K] each, and what every row counts."""
+    """One linear with its inputs in both models, [R, K] by batches of images, and what every row counts."""
 
-    def __init__(self, site: Site, linear: nn.Module, x: Tensor, x_hat: Tensor, prefix: int, seed: int) -> None:
+    def __init__(self, site: Site, linear: nn.Module, walk: _Walk, prefix: int, seed: int) -> None:
         assert isinstance(linear, (nn.Linear, nn.Conv2d))
         self.site, self.seed = site, seed
         self.weight, self.bias = linear.weight.detach().flatten(1), linear.bias
-        tokens = x.shape[1] if site.block is not None and x.ndim == 3 else 0
-        self.share = _shares(tokens, prefix, len(x), x) if 0 < prefix < tokens else None
-        self.x, self.x_hat = (_rows(t, linear) for t in (x, x_hat))
-        worth = row_worth(LinearObservation(self.x, 0.0, 0.0, self.share), self.weight)
+        self.share: Tensor | None = None
+        self.x, self.x_hat = Batches(), Batches()
+        tokens, images, energies = 0, len(walk.images), []
+        for (x,) in walk.inputs(site, 0):
+            tokens = x.shape[1] if site.block is not None and x.ndim == 3 else 0
+            rows = _rows(x, linear)
+            self.x.append(rows, whole=len(x) == images)
+            energies.append(row_energy(rows, self.weight))
+        for (x,) in walk.inputs(site, 1):
+            self.x_hat.append(_rows(x, linear), whole=len(x) == images)
+        energy = torch.cat(energies)
+        if 0 < prefix < tokens:
+            self.share = _shares(tokens, prefix, images, energy)
+        worth = energy_worth(energy, self.share)
         self.worth = worth / worth.sum()
 
     def solve(self, params: SiteParams, search: str) -> tuple[SiteParams, Tensor | None]:
         """Steps and codes, and the new bias where the linear has one."""
+        mean = _Sum()
+        for rows, worth in self._parts(self.x, self.worth):
+            mean.add(worth @ rows)
+        self.x.clear()
         params = site_params(self.site, params.formats, self._sample(), self.weight, search)
-        x = channels.scaled_input(quantized_input(self.x_hat, params), params)
-        weight = channels.scaled_weight(self.weight, params)
-        moment = weighted_moment(x, self.worth)
-        weight = weight + self._regression(x, weight, moment)
+        weight, moment, mean_hat = self._regressed(channels.scaled_weight(self.weight, params), params)
+        self.x_hat.clear()
         bits = params.formats["weight"].bits
         scale = weight_scale(weight, bits)
         codes = gptq(weight, scale, moment, bits)
         bias = None
         if self.bias is not None:
-            missing = self.worth @ self.x @ self.weight.t() - self.worth @ x @ (codes * scale[:, None]).t()
+            missing = mean.total @ self.weight.t() - mean_hat @ (codes * scale[:, None]).t()
             bias = (self.bias.detach() + missing).float()
         tensors = {**params.tensors, "weight.scale": scale.cpu(), "weight.codes": codes.cpu()}
         return replace(params, tensors=tensors), bias
 
-    def _regression(self, x: Tensor, weight: Tensor, moment: Tensor) -> Tensor:
-        """What is added to `weight` [N, K], which reads the quantised `x` [R, K]."""
-        error = F.linear(self.x_hat, self.weight) - F.linear(x, weight)
-        error = error - self.worth @ error
-        cross = (error * self.worth[:, None]).t() @ x
-        eye = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
-        floor = (RIDGE * moment.diagonal().mean().double()).clamp_min(1e-12)
-        return torch.linalg.solve(moment.double() + floor * eye, cross.double().t()).t().float()
+    def _regressed(self, weight: Tensor, params: SiteParams) -> tuple[Tensor, Tensor, Tensor]:
+        """What becomes of `weight` [N, K], which reads the quantised rows; their second moment [K, K] and mean [K]."""
+
+        def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
+            x = channels.scaled_input(quantized_input(rows, params), params)
+            return x, F.linear(rows, self.weight) - F.linear(x, weight)
+
+        share = self.worth / self.worth.sum()
+        mean, centre, mean_error, moment, cross = (_Sum() for _ in range(5))
+        for rows, worth, part in self._parts(self.x_hat, self.worth, share):
+            x, error = quantised(rows)
+            mean.add(worth @ x)
+            centre.add(part @ x)
+            mean_error.add(worth @ error)
+        for rows, worth, part in self._parts(self.x_hat, self.worth, share):
+            x, error = quantised(rows)
+            cross.add(((error - mean_error.total) * worth[:, None]).t() @ x)
+            x = x - centre.total
+            moment.add(x.t() @ (x * part[:, None]))
+        damped = moment.total.double()
+        damped.diagonal().add_((RIDGE * moment.total.diagonal().mean().double()).clamp_min(1e-12))
+        change = torch.linalg.solve(damped, cross.total.double().t()).t().float()
+        return weight + change, moment.total, mean.total
+
+    @staticmethod
+    def _parts(batches: Batches, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Rows of each batch, with their part of each of the values [R]."""
+        start = 0
+        for rows in batches:
+            yield rows, *(v[start : start + len(rows)] for v in values)
+            start += len(rows)
 
     def _sample(self) -> LinearObservation:
         """Rows drawn at random and those of largest magnitude, with exact ranges."""
         source = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randperm(len(self.x_hat), generator=source)[:ROWS].sort().values.to(self.x_hat.device)
-        extreme = self.x_hat.abs().amax(1).topk(min(EXTREMES, len(self.x_hat))).indices
-        share = self.x_hat.new_ones(len(drawn)) if self.share is None else self.share[drawn]
+        tops = torch.cat([rows.abs().amax(1) for rows in self.x_hat])
+        drawn = torch.randperm(len(tops), generator=source)[:ROWS].sort().values.to(tops.device)
+        extreme = tops.topk(min(EXTREMES, len(tops))).indices
+        share = tops.new_ones(len(drawn)) if self.share is None else self.share[drawn]
         own = EXTREME_SHARE / (1.0 - EXTREME_SHARE) * float(share.sum()) / len(extreme)
         share = torch.cat((share, share.new_full((len(extreme),), own)))
-        peaks = torch.stack(self.x_hat.aminmax(dim=0))
-        rows = self.x_hat[torch.cat((drawn, extreme))].contiguous()
-        return LinearObservation(rows, float(peaks[0].min()), float(peaks[1].max()), share / share.mean(), peaks)
+        chosen = torch.cat((drawn, extreme))
+        places = torch.arange(len(tops), device=tops.device)
+        sample, peaks = tops.new_empty(len(chosen), self.weight.shape[1]), list[Tensor]()
+        for rows, numbers in self._parts(self.x_hat, places):
+            here = (chosen >= numbers[0]) & (chosen <= numbers[-1])
+            sample[here] = rows[chosen[here] - numbers[0]]
+            peaks.append(torch.stack(rows.aminmax(dim=0)))
+        ends = torch.stack((torch.stack(peaks)[:, 0].amin(0), torch.stack(peaks)[:, 1].amax(0)))
+        return LinearObservation(sample, float(ends[0].min()), float(ends[1].max()), share / share.mean(), ends)
+
+
+class _Sum:
+    """A sum of tensors of one shape, the first of which is taken as it is."""
+
+    def __init__(self) -> None:
+        self.total = torch.empty(0)
+
+    def add(self, x: Tensor) -> None:
+        """Add `x`, which is used up."""
+        self.total = self.total.add_(x) if self.total.numel() else x
 
 
 def _shares(tokens: int, prefix: int, images: int, like: Tensor) -> Tensor:
@@ -199,15 +258,24 @@ def _shares(tokens: int, prefix: int, images: int, like: Tensor) -> Tensor:
     return (share * tokens).repeat(images)
 
 
-def _matmul(site: Site, operands: list[Tensor]) -> QKObservation | PVObservation:
+def _matmul(site: Site, batches: Iterator[tuple[Tensor, ...]], images: int) -> QKObservation | PVObservation:
     """What a search of a matmul's steps needs, of its operands [B, H, N, ...]."""
     if site.kind is Kind.QK:
-        q, k = operands
-        keep = min(LOGIT_IMAGES, len(q))
-        chosen = [i * len(q) // keep for i in range(keep)]
-        q_max, k_max = (x.abs().amax((0, 2, 3)) for x in (q, k))
-        return QKObservation(q[chosen], k[chosen], q_max, k_max)
-    v = operands[1].transpose(0, 1).flatten(1, 2)  # [H, B*N, d]
+        keep = min(LOGIT_IMAGES, images)
+        chosen = {i * images // keep for i in range(keep)}
+        kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+        tops: tuple[list[Tensor], list[Tensor]] = ([], [])
+        start = 0
+        for operands in batches:
+            here = [i for i in range(len(operands[0])) if start + i in chosen]
+            start += len(operands[0])
+            for x, k, top in zip(operands, kept, tops, strict=True):
+                k.append(x[here])
+                top.append(x.abs().amax((0, 2, 3)))
+        q, k_ = (torch.cat(x) for x in kept)
+        q_max, k_max = (torch.stack(x).amax(0) for x in tops)
+        return QKObservation(q, k_, q_max, k_max)
+    v = torch.cat([v.transpose(0, 1).flatten(1, 2) for _, v in batches], 1)  # [H, B*N, d]
     stride = max(1, v.shape[1] // ROWS)
     return PVObservation(v[:, ::stride].contiguous(), v.abs().amax((1, 2)))
 
@@ -221,21 +289,20 @@ class _Enough(Exception):
     """What was looked for has been seen."""
 
 
-def _capture(module: nn.Module, runner: nn.Module, x: Tensor) -> list[Tensor]:
-    """All operands that `module` is given while `runner` runs on `x`; nothing after it runs."""
+def _capture(module: nn.Module, runner: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """All operands that `module` is given while `runner` runs on `x`, by batch; nothing after it runs."""
     kept: list[tuple[Tensor, ...]] = []
 
     def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         kept.append(inputs)
         raise _Enough
 
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        for part in x.split(BATCH):
-            try:
-                runner(part)
-            except _Enough:
-                pass
-    finally:
-        handle.remove()
-    return [torch.cat(operand) for operand in zip(*kept, strict=True)]
+    for part in x.split(BATCH):
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            runner(part)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        yield kept.pop()

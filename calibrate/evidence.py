@@ -21,10 +21,12 @@ from lampq_rt.calibrate.metrics.fisher_output import output
 from lampq_rt.calibrate.observe import LinearObservation, Observation, observe
 from lampq_rt.calibrate.progress import Report
 from lampq_rt.calibrate.recipes import PLAIN, Preparation
+from lampq_rt.calibrate.spill import Lazy, Shelf
 from lampq_rt.calibrate.steps import step_table
 from lampq_rt.errors import BackendError, DataError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, TABLE_BITS
 from lampq_rt.kernels.reference import MAX_LOG2_BITS
+from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import BLOCK_LINEARS, Kind, Site
@@ -81,12 +83,17 @@ class Measurements:
         self.labels = shard.together(lambda: check_labels(labels, len(images), logits.shape[1]))
         truth = None if self.labels is None else shard.gather(self.labels)
         self.judge = Judge(self.images, logits, truth, self.count, shard)
-        self._steps: dict[tuple[str, str, int], SiteParams] = {}
+        self._steps = Shelf()
 
     @property
     def residual_dtype(self) -> str:
         """What the residual stream may be stored in on a GPU."""
         return "float16" if self.residual_max <= HALF_RANGE else "bfloat16"
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that have linears among the sites, in order of execution."""
+        return tuple(dict.fromkeys(site.name.rsplit(".", 2)[0] for site in self.linears))
 
     @cached_property
     def plan_judge(self) -> Judge:
@@ -117,6 +124,7 @@ class Measurements:
             self.simulation.model,
             self.images,
             names,
+            blocks=self.blocks,
             labels=self.labels,
             seed=self.seed,
             progress=lambda d, n: self.report("Fisher information", d, n),
@@ -138,10 +146,14 @@ class Measurements:
         widths = sorted(self.menu[site.name])
         return min((w for w in widths if w >= wanted), default=widths[-1])
 
+    def bare(self, site: Site, width: int) -> SiteParams:
+        """The site's formats at that width, without steps."""
+        return SiteParams(site.kind, dict(self.menu[site.name][width]), {}, site.params)
+
     def params(self, search: str, wanted: Mapping[str, Sequence[int]]) -> Table:
         """Formats and steps of these sites at these widths, found with the range search of that name."""
         missing = {
-            name: [self.menu[name][width] for width in widths if (search, name, width) not in self._steps]
+            name: [self.menu[name][width] for width in widths if f"{search} {name} {width}" not in self._steps]
             for name, widths in wanted.items()
         }
         missing = {name: formats for name, formats in missing.items() if formats}
@@ -161,20 +173,25 @@ class Measurements:
 
             found = self.shard.together(solve)
             for part in self.shard.objects(found):
-                self._steps.update({(search, name, bits): p for name, row in part.items() for bits, p in row.items()})
-        return {name: {width: self._steps[search, name, width] for width in widths} for name, widths in wanted.items()}
+                for name, row in part.items():
+                    for bits, params in row.items():
+                        self._steps.put(f"{search} {name} {bits}", params)
+
+        def row_of(name: str) -> Mapping[int, SiteParams]:
+            return Lazy(wanted[name], lambda width: self._steps.get(f"{search} {name} {width}"))
+
+        return {name: row_of(name) for name in wanted}
 
     @torch.no_grad()
     def _run(self) -> tuple[Tensor, float]:
         """Logits [n, classes] of the floating-point model, and the residual stream's largest absolute value."""
         peaks = [torch.zeros((), device=next(self.simulation.parameters()).device)]
-        blocks = dict.fromkeys(site.name.rsplit(".", 2)[0] for site in self.linears)
-        hooks = [
-            self.simulation.model.get_submodule(name).register_forward_hook(
-                lambda m, i, out: peaks.append(out.abs().max())
-            )
-            for name in blocks
-        ]
+
+        def see(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+            peaks.append(out.abs().max())
+            trim()
+
+        hooks = [self.simulation.model.get_submodule(name).register_forward_hook(see) for name in self.blocks]
         logits, done = [], 0
         try:
             for batch in self.images.split(UNIT):
@@ -232,6 +249,7 @@ class SearchEvidence:
                     m.simulation.model,
                     m.images,
                     [site.name for site in self.sites],
+                    blocks=m.blocks,
                     seed=m.seed,
                     progress=lambda d, n: m.report(f"Fisher information at {self.nominal} bits", d, n),
                     shard=m.shard,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lampq_rt.calibrate.distributed import SINGLE, UNIT, Shard
 from lampq_rt.calibrate.spill import Lazy, Spill
 from lampq_rt.errors import DataError
+from lampq_rt.memory import trim
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import Kind, Site
 
@@ -355,6 +356,7 @@ def _watcher(site: Site, simulation: Simulation, part: _Part) -> _Watcher:
 def _hook(watcher: _Watcher) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         watcher.see(*inputs)
+        trim()
 
     return see
 

@@ -217,13 +217,16 @@ class Calibration:
     def _plan(self, budget: Budget, chosen: Recipe) -> Plan:
         limits = {unit: self._limit(budget, unit) for unit in budget}
         nominal = self._nominal_bits(chosen, limits)
-        fixed = self._fixed(chosen.search, nominal)
         proposals = self._proposals(chosen, limits, nominal)
-        proposal = self._best(chosen, proposals, fixed)
+        proposal = self._best(chosen, proposals, nominal)
         bits, refined = dict(proposal.allocation.bits), None
         if chosen.refine and bits:
-            bits, refined = self._refine(chosen, nominal, proposal, fixed)
-        sites = self._sites(chosen.search, bits, fixed)
+            bits, refined = self._refine(chosen, nominal, proposal)
+        if chosen.compensate:
+            widths = {**self._fixed_widths(nominal), **bits}  # formats alone: their steps are searched anew
+            sites = {site.name: self.measurements.bare(site, widths[site.name]) for site in self.description.sites}
+        else:
+            sites = self._sites(chosen.search, bits, self._fixed(chosen.search, nominal))
         sites, edits = finished(self.measurements, self.original, self.model, sites, chosen, self.material)
         facts = Facts(chosen, budget, limits, nominal, proposals, proposal, refined, tuple(edits))
         dtype = self.measurements.residual_dtype
@@ -259,10 +262,10 @@ class Calibration:
         problem = self._problem(limits, nominal, None if score is None else score.penalties)
         return Proposal(penalty, score, problem, ALLOCATORS.get(allocator)(problem))
 
-    def _best(self, recipe: Recipe, proposals: list[Proposal], fixed: Mapping[str, SiteParams]) -> Proposal:
+    def _best(self, recipe: Recipe, proposals: list[Proposal], nominal: int) -> Proposal:
         """The proposal of least divergence on the calibration images; one alone needs no trial."""
         if len({tuple(p.allocation.bits.values()) for p in proposals}) > 1:
-            m = self.measurements
+            m, fixed = self.measurements, self._fixed(recipe.search, nominal)
             judge = m.plan_judge
             for done, proposal in enumerate(proposals, 1):
                 m.simulation.set(self._sites(recipe.search, proposal.allocation.bits, fixed))
@@ -334,22 +337,25 @@ class Calibration:
         linears = self.measurements.linears
         return sum(s.params * bits[s.name] for s in linears) / sum(s.params for s in linears)
 
+    def _fixed_widths(self, nominal: int) -> dict[str, int]:
+        """Widths of the sites that the allocator does not decide on."""
+        others = [site for site in self.description.sites if site not in self.measurements.linears]
+        return {site.name: self.measurements.nearest(site, nominal) for site in others}
+
     def _fixed(self, search: str, nominal: int) -> dict[str, SiteParams]:
         """Sites that the allocator does not decide on, at the nominal width."""
-        others = [site for site in self.description.sites if site not in self.measurements.linears]
-        widths = {site.name: self.measurements.nearest(site, nominal) for site in others}
+        widths = self._fixed_widths(nominal)
         found = self.measurements.params(search, {name: [width] for name, width in widths.items()})
         return {name: found[name][width] for name, width in widths.items()}
 
-    def _refine(
-        self, recipe: Recipe, nominal: int, proposal: Proposal, fixed: Mapping[str, SiteParams]
-    ) -> tuple[dict[str, int], Mapping[str, Any]]:
+    def _refine(self, recipe: Recipe, nominal: int, proposal: Proposal) -> tuple[dict[str, int], Mapping[str, Any]]:
         m, evidence = self.measurements, self.evidence(recipe.search, nominal)
         table, errors = evidence.table, evidence.errors  # measured before the simulation is set
         if FLOAT_BITS in next(iter(proposal.problem.penalties.values())):
             floating = m.params(recipe.search, {name: [FLOAT_BITS] for name in table})
             table = {name: {**row, **floating[name]} for name, row in table.items()}
             errors = {name: {**row, FLOAT_BITS: 0.0} for name, row in errors.items()}
+        fixed = self._fixed(recipe.search, nominal)
         m.simulation.reset()
         m.simulation.set(fixed)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from lampq_rt.calibrate.compensate import compensate
 from lampq_rt.calibrate.evidence import Measurements
 from lampq_rt.calibrate.recipes import Preparation, Recipe
 from lampq_rt.calibrate.reconstruct import reconstruct
+from lampq_rt.calibrate.spill import Shelf
 from lampq_rt.calibrate.transforms import TRANSFORMS, Context
 from lampq_rt.edits import differences, edited
 from lampq_rt.errors import DataError
@@ -71,7 +73,7 @@ def finished(
         measurements: of `model`.
         original: the model that the plan will be applied to.
         model: `original` as prepared.
-        sites: formats and steps.
+        sites: formats and steps; where the recipe compensates, formats suffice.
         recipe: says whether to compensate and to train.
         material: to train with.
 
@@ -132,7 +134,7 @@ def _best_compensated(
     options = [dict(sites)]
     if any("input" in p.formats and p.formats["input"].granularity == "channel" for p in sites.values()):
         options.append({name: _by_tensor(params) for name, params in sites.items()})
-    best: tuple[float, dict[str, SiteParams], dict[str, Tensor]] | None = None
+    least, kept, best = math.inf, Shelf(), dict[str, Tensor]()
     for number, option in enumerate(options):
         measurements.simulation.reset()
         quantised = Simulation(model).float().to(device)
@@ -143,11 +145,15 @@ def _best_compensated(
         found, biases = compensate(
             measurements.simulation, quantised, images, option, seed=measurements.seed, progress=report
         )
-        divergence = judge(quantised).divergence if len(options) > 1 else 0.0
-        if best is None or divergence < best[0]:
-            best = divergence, found, biases
-    assert best is not None
-    return best[1], best[2]
+        if len(options) == 1:
+            return found, biases
+        divergence = judge(quantised).divergence
+        if not number or divergence < least:
+            least, best = divergence, biases
+            for name, params in found.items():
+                kept.put(name, params)
+        del found, quantised
+    return {name: kept.get(name) for name in sites}, best
 
 
 def _by_tensor(params: SiteParams) -> SiteParams:

@@ -40,11 +40,7 @@ def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: flo
     """
     low, high = reference.code_range(bits, weight=True)
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    h = hessian[order][:, order].double()
-    diagonal = h.diagonal()
-    h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * diagonal.mean()).clamp_min(1e-12)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    upper = _inverse_factor(hessian, order, damping)
     work = (weight[:, order].float() / scale[:, None]).t().contiguous()  # [K, N] in units of the step
     codes = torch.empty_like(work)
     for start in range(0, len(work), BLOCK):
@@ -59,3 +55,16 @@ def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: flo
     result = torch.empty_like(codes)
     result[order] = codes
     return result.t().to(torch.int8).contiguous()
+
+
+def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """fp32 [K, K], upper triangular: Cholesky's factor of the inverse of the damped `hessian` in that order.
+
+    A [K, K] matrix in fp64 is among the largest things in a calibration, so each goes when the next is there.
+    """
+    h = hessian[order[:, None], order].double()
+    h.diagonal().add_((damping * h.diagonal().mean()).clamp_min(1e-12))
+    h = torch.linalg.cholesky(h)
+    h = torch.cholesky_inverse(h)
+    h = torch.linalg.cholesky(h, upper=True)
+    return h.float()

@@ -17,6 +17,7 @@ from lampq_rt.calibrate.observe import LinearObservation, Observation, Progress,
 from lampq_rt.calibrate.search import SEARCHES, Steps
 from lampq_rt.errors import DataError, FormatError
 from lampq_rt.formats import Format
+from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import Kind, Site
@@ -93,6 +94,9 @@ def step_table(
             if params.bits in table[name]:
                 raise FormatError(f"site {name!r}: the menu offers {params.bits} bits twice")
             table[name][params.bits] = params
+            trim()
+        del solver  # its samples, before the next site's are read
+        trim()
         if progress is not None:
             progress(done, len(menu))
     return table

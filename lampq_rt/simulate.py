@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lampq_rt import channels
 from lampq_rt.edits import edited
 from lampq_rt.inputs import quantized_input
+from lampq_rt.modules import weight_codes
 from lampq_rt.plan import Plan, SiteParams
 from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.sites import Description
@@ -50,12 +51,14 @@ class SimulatedLinear(SimulatedSite):
     def __init__(self, original: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.original = original
-        self._weight_hat: Tensor | None = None
+        self._codes: tuple[Tensor, SiteParams] | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The weight in use: quantised where the site is."""
-        return self.original.weight if self._weight_hat is None else self._weight_hat
+        """The weight in use: where the site is quantised, made from its codes (a second model in fp32 is not held)."""
+        if self._codes is None:
+            return self.original.weight
+        return _weight_from_codes(*self._codes).view_as(self.original.weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -65,9 +68,9 @@ class SimulatedLinear(SimulatedSite):
     def set_params(self, params: SiteParams | None) -> None:
         """See `SimulatedSite.set_params`; the weight is quantised here, once."""
         super().set_params(params)
-        self._weight_hat = None
+        self._codes = None
         if self.params is not None and not self.params.formats["weight"].is_float:
-            self._weight_hat = quantized_weight(self.original.weight.detach(), self.params)
+            self._codes = weight_codes(self.original.weight.detach().flatten(1), self.params), self.params
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]; NCHW images to NCHW features for a patch embedding."""
@@ -110,14 +113,19 @@ class SimulatedPV(SimulatedSite):
 def quantized_weight(weight: Tensor, params: SiteParams) -> Tensor:
     """`weight` [N, ...] at its plan's format, dequantised, same shape. Uses the plan's codes where it holds them."""
     fmt, scale = params.formats["weight"], params.tensors["weight.scale"].to(weight.device)
-    quantizer = QUANTIZERS.get(fmt.scheme)
     codes = params.tensors.get("weight.codes")
     if codes is not None:
-        rows = quantizer.dequantize(codes.to(weight.device), scale[:, None], None)
-    else:
-        rows = channels.scaled_weight(weight.flatten(1), params)
-        rows = quantizer.fake_quantize(rows, scale[:, None], None, fmt.bits, weight=True)
+        return _weight_from_codes(codes.to(weight.device), params).view_as(weight)
+    rows = channels.scaled_weight(weight.flatten(1), params)
+    rows = QUANTIZERS.get(fmt.scheme).fake_quantize(rows, scale[:, None], None, fmt.bits, weight=True)
     return channels.unscaled_weight(rows, params).view_as(weight)
+
+
+def _weight_from_codes(codes: Tensor, params: SiteParams) -> Tensor:
+    """fp32 [N, K] of int8 codes."""
+    scale = params.tensors["weight.scale"].to(codes.device)
+    rows = QUANTIZERS.get(params.formats["weight"].scheme).dequantize(codes, scale[:, None], None)
+    return channels.unscaled_weight(rows, params)
 
 
 class Simulation(nn.Module):

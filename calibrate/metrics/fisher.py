@@ -6,9 +6,10 @@ weight is D^T X, with its inputs X [T, K] and output gradients D [T, N] over the
     || D^T X ||_F^2 = sum( (X X^T) o (D D^T) ),
 
 two [T, T] Gram matrices in place of one [N, K] matrix; whichever costs less is taken. (The squared norm of a batch's
-mean gradient is another quantity.) Images run one at a time: the graph of one is the largest thing in memory here,
-and a layer's gradient is used up as soon as autograd has it. Only gradients of the linears' outputs are asked for,
-none of weights.
+mean gradient is another quantity.) Images run one at a time, and of an image's graph one block's at a time: the pass
+forward keeps the blocks' inputs alone, the way back makes each block's graph anew from its input (checkpointing, Chen
+et al. 1604.06174), for all labels at once. A layer's gradient is used up as soon as autograd has it. Only gradients
+of the linears' outputs are asked for, none of weights.
 
 The same pass keeps, per linear, rows of the input with the squared output gradients of those rows: what a penalty
 needs that weighs the error of the layer's output. Rows are drawn in proportion to their share of the gradient (in a
@@ -20,8 +21,9 @@ have some of the images each draw what one process would.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from lampq_rt.calibrate.distributed import SINGLE, UNIT, Shard, generator
 from lampq_rt.calibrate.spill import Lazy, Spill
 from lampq_rt.errors import DataError
+from lampq_rt.memory import trim
 
 UNIFORM_SHARE = 0.1
 """Share of the row sampling that is uniform over tokens, so that no row's weight is boundless."""
@@ -62,6 +65,7 @@ def score(
     images: Tensor,
     sites: Sequence[str],
     *,
+    blocks: Sequence[str] = (),
     labels: Tensor | None = None,
     draws: int = 4,
     rows: int = 1024,
@@ -75,6 +79,8 @@ def score(
         model: in eval mode and floating point; images in, logits [B, classes] out. It is left as it was.
         images: fp32 [n, C, H, W] on any device; this process's share of them.
         sites: names of submodules that are called once in a forward pass with [B, ..., K] and return [B, ..., N].
+        blocks: names of submodules that run once each, in this order, from one tensor to one tensor: their graphs are
+            made one at a time. Without, the whole graph is held.
         labels: int64 [n]; None draws them from the model's own answers (then it is the Fisher matrix itself; given
             labels make it the "empirical" one).
         draws: labels drawn per image, each at the price of a backward pass; labels that are given count once.
@@ -95,10 +101,13 @@ def score(
     gathered = {name: _Gathered(name, sum(counts), rows, seed, spill) for name in sites}
 
     def run() -> None:
-        with _listening(model, gathered):
+        with ExitStack() as entered:
+            entered.enter_context(_listening(model, gathered))
+            cut = [entered.enter_context(_cut(model.get_submodule(name))) for name in blocks]
             for number, image in enumerate(images):
                 chosen = None if labels is None else labels[number : number + 1, None].to(device)
-                _one(model, image[None].to(device), first + number, chosen, draws, seed, gathered)
+                _one(model, image[None].to(device), first + number, chosen, draws, seed, gathered, cut)
+                trim()
                 if progress is not None:
                     progress(number + 1, len(images))
 
@@ -112,21 +121,27 @@ def score(
     return Lazy(list(sites), result)
 
 
-def squared_norms(x: Tensor, d: Tensor) -> Tensor:
+def squared_norms(x: Tensor, d: Tensor, gram: Tensor | None = None) -> Tensor:
     """|| D^T X ||_F^2 of each sample.
 
     Args:
         x: [B, T, K].
         d: [B, T, N].
+        gram: [B, T, T], X X^T where it is known already.
 
     Returns:
         fp64 [B].
     """
-    tokens, k, n = x.shape[1], x.shape[2], d.shape[2]
-    if tokens * (k + n) < k * n:
-        product = (x @ x.transpose(1, 2)).double() * (d @ d.transpose(1, 2))
-        return product.sum((1, 2))
+    if by_gram(x, d.shape[2]):
+        gram = x @ x.transpose(1, 2) if gram is None else gram
+        return (gram.double() * (d @ d.transpose(1, 2))).sum((1, 2))
     return (d.transpose(1, 2) @ x).square().sum((1, 2), dtype=torch.float64)
+
+
+def by_gram(x: Tensor, n: int) -> bool:
+    """True where two [T, T] matrices cost less than one [n, K] matrix; x is [B, T, K]."""
+    tokens, k = x.shape[1:]
+    return tokens * (k + n) < k * n
 
 
 def sample_labels(logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
@@ -141,8 +156,8 @@ def _listening(model: nn.Module, gathered: Mapping[str, _Gathered]) -> Iterator[
 
     def hook(one: _Gathered) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            one.input = inputs[0].detach()
             if output.requires_grad:
+                one.see(inputs[0])
                 output.register_hook(one.take)
 
         return see
@@ -155,6 +170,42 @@ def _listening(model: nn.Module, gathered: Mapping[str, _Gathered]) -> Iterator[
             handle.remove()
 
 
+class _Cut:
+    """A block whose graph is not made as the model runs, but afterwards, from its input."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.run: Callable[..., Tensor] = block.forward
+        self.input, self.extra, self.output = torch.empty(0), dict[str, Any](), torch.empty(0)
+
+    def __call__(self, x: Tensor, **extra: Any) -> Tensor:
+        """The block's output, a leaf of the graph of what follows."""
+        self.input, self.extra = x, extra
+        with torch.no_grad():
+            self.output = self.run(x, **extra)
+        return self.output.requires_grad_(True)
+
+    def graph(self) -> tuple[Tensor, Tensor]:
+        """Input and output of the block, the graph between them."""
+        with torch.enable_grad():
+            x = self.input.detach().requires_grad_(True)
+            return x, self.run(x, **self.extra)
+
+    def forget(self) -> None:
+        """Hold nothing more."""
+        self.input, self.extra, self.output = torch.empty(0), {}, torch.empty(0)
+
+
+@contextmanager
+def _cut(block: nn.Module) -> Iterator[_Cut]:
+    """While this is entered, the block runs cut off."""
+    cut = _Cut(block)
+    block.forward = cut  # type: ignore[assignment]
+    try:
+        yield cut
+    finally:
+        del block.forward
+
+
 def _one(
     model: nn.Module,
     image: Tensor,
@@ -163,6 +214,7 @@ def _one(
     draws: int,
     seed: int,
     gathered: Mapping[str, _Gathered],
+    blocks: Sequence[_Cut],
 ) -> None:
     """One image [1, C, H, W], the calibration set's `number`th: forward, and backward once for each label [L, 1]."""
     with torch.enable_grad():
@@ -174,12 +226,38 @@ def _one(
         labels = sample_labels(logits, draws, generator(seed, number, "labels"))
     for one in gathered.values():
         one.begin(len(labels))
-    for row, drawn in enumerate(labels):
-        with torch.enable_grad():
-            loss = F.cross_entropy(logits, drawn)
-        torch.autograd.grad(loss, image, retain_graph=row + 1 < len(labels))
+    with torch.enable_grad():
+        losses = [F.cross_entropy(logits, drawn) for drawn in labels]
+    gradients = _back(losses, blocks[-1].output if blocks else image, [None] * len(losses))
+    del logits, losses
+    for place in reversed(range(len(blocks))):
+        _end(gathered, number)
+        x, y = blocks[place].graph()
+        before, source = blocks[place].input, blocks[place - 1].output if place else image
+        blocks[place].forget()
+        gradients = _back([y] * len(gradients), x, gradients)
+        if before is not source:
+            gradients = _back([before] * len(gradients), source, gradients)
+    _end(gathered, number)
+    for name, one in gathered.items():
+        if one.open:
+            raise DataError(f"site {name!r} has no part in the model's answer")
+
+
+def _end(gathered: Mapping[str, _Gathered], number: int) -> None:
+    """The gradients of those that have some are all there."""
     for one in gathered.values():
-        one.end(number)
+        if one.squared is not None:
+            one.end(number)
+
+
+def _back(outputs: Sequence[Tensor], to: Tensor, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients of `to`, one for each output and its own gradient (None: 1); the graph is used up."""
+    last = len(outputs) - 1
+    return [
+        torch.autograd.grad(output, to, gradient, retain_graph=row < last)[0]
+        for row, (output, gradient) in enumerate(zip(outputs, gradients, strict=True))
+    ]
 
 
 class _Gathered:
@@ -189,27 +267,33 @@ class _Gathered:
         self.name, self.images, self.per_image = name, images, max(1, rows // images)
         self.seed, self.spill = seed, spill
         self.input = torch.empty(0)
+        self.gram: Tensor | None = None
         self.squared: Tensor | None = None
-        self.trace, self.draws = 0.0, 1
+        self.trace, self.draws, self.open = 0.0, 1, False
         self.units: list[Tensor] = []
         self.unit = -1
 
     def begin(self, draws: int) -> None:
-        """An image follows, with so many gradients."""
-        self.squared, self.trace, self.draws = None, 0.0, draws
+        """An image's gradients follow, so many."""
+        self.squared, self.trace, self.draws, self.open = None, 0.0, draws, True
+
+    def see(self, x: Tensor) -> None:
+        """The input of the linear, whose gradients follow."""
+        self.input, self.gram = x.detach(), None
 
     def take(self, gradient: Tensor) -> None:
         """The gradient [1, ..., N] of the output for one label."""
         x = self.input.reshape(1, -1, self.input.shape[-1]).float()
         d = gradient.detach().reshape(1, x.shape[1], -1).float()
-        self.trace += float(squared_norms(x, d)) / self.draws
+        if self.gram is None and by_gram(x, d.shape[2]):
+            self.gram = x @ x.transpose(1, 2)  # the same for all labels
+        self.trace += float(squared_norms(x, d, self.gram)) / self.draws
         squared = d[0].square().div_(self.draws)
         self.squared = squared if self.squared is None else self.squared.add_(squared)
 
     def end(self, number: int) -> None:
         """That was all of the calibration set's `number`th image."""
-        if self.squared is None:
-            raise DataError(f"site {self.name!r} has no part in the model's answer")
+        assert self.squared is not None
         squared, x = self.squared, self.input.reshape(-1, self.input.shape[-1]).float()
         sums = torch.cat((squared.new_tensor([self.trace], dtype=torch.float64), squared.sum(0, dtype=torch.float64)))
         if number // UNIT == self.unit:
@@ -228,7 +312,7 @@ class _Gathered:
         drawn = drawn.to(x.device)
         self.spill.append(f"{self.name} rows", x[drawn])
         self.spill.append(f"{self.name} weights", squared[drawn] * scale[:, None])
-        self.input, self.squared = torch.empty(0), None
+        self.input, self.gram, self.squared, self.open = torch.empty(0), None, None, False
 
     def finish(self, shard: Shard) -> tuple[float, Tensor]:
         """Trace and squared output gradient fp32 [N], means over the images of all processes; rows of all, too."""

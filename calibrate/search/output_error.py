@@ -166,10 +166,19 @@ class _ExactError:
 
 def row_worth(seen: LinearObservation, weight: Tensor) -> Tensor:
     """fp32 [R]: what the squared error of each row counts; `weight` is fp32 [N, K], not quantised."""
-    energy = (seen.rows @ weight.t()).square().sum(1)
+    return energy_worth(row_energy(seen.rows, weight), seen.row_weight)
+
+
+def row_energy(rows: Tensor, weight: Tensor) -> Tensor:
+    """fp32 [R]: squared norm of each row's output."""
+    return (rows @ weight.t()).square_().sum(1)
+
+
+def energy_worth(energy: Tensor, row_weight: Tensor | None) -> Tensor:
+    """fp32 [R]: what the squared error of rows of that energy counts, times the rows' own weight."""
     middle = energy.median()
     worth = torch.where((energy > middle) & (middle > 0), middle / energy, torch.ones_like(energy))
-    return worth if seen.row_weight is None else worth * seen.row_weight
+    return worth if row_weight is None else worth * row_weight
 
 
 def _walk(error: _ExactError, stride: int) -> None:
