@@ -34,6 +34,7 @@ ROWS = Path(__file__).parent / "results" / "accuracy.jsonl"
 MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224")
 UNIFORM_WIDTHS = (8, 6, 5, 4, 3)
 MIXED_WIDTHS = (6, 5, 4, 3)
+RIVALS = "lampq,lampq-paper,repq,adalog,lampq-adalog,fast,lampq+"
 BATCH = 25
 
 console = Console()
@@ -53,7 +54,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Markdown file with the two markers.")] = Path("docs/results.md"),
     only: Annotated[str, typer.Option(help="Only models whose name starts with this.")] = "",
     calib_images: Annotated[str, typer.Option(help="Sizes of the calibration set, in this order.")] = "32,128",
-    recipes: Annotated[str, typer.Option(help="Recipes beside uniform.")] = "lampq,lampq-paper,repq,fast,lampq+",
+    recipes: Annotated[str, typer.Option(help="Recipes beside uniform.")] = RIVALS,
     limit: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
 ) -> None:
     """Fill in the rows that are missing and write the tables."""

@@ -65,6 +65,11 @@ STRONG = Preparation(
 """The base that `lampq+` chooses bits on; docs/calibration.md says what each part buys."""
 
 
+ADALOG = Preparation(("repq",), softmax="log2", families=(("fc2", "adalog"),))
+"""AdaLog's base (2407.12951), which LampQ's results were published on, but softmax output in powers of two: no backend
+executes a searched base there."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a plan is made.
@@ -132,6 +137,26 @@ for _recipe in (
         False,
         "RepQ-ViT's reparameterised norms and logarithmic softmax, the same bits everywhere",
         Preparation(("repq",), softmax="log2"),
+    ),
+    Recipe(
+        "adalog",
+        "fpcs",
+        (),
+        "uniform",
+        False,
+        False,
+        "AdaLog: levels of a searched base before fc2, reparameterised norms, FPCS; softmax output in powers of two",
+        ADALOG,
+    ),
+    Recipe(
+        "lampq-adalog",
+        "fpcs",
+        ("exponential",),
+        "milp",
+        False,
+        True,
+        "LampQ as printed on AdaLog's base, the setting of the paper's tables",
+        ADALOG,
     ),
     Recipe(
         "fast",

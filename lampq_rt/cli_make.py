@@ -44,7 +44,8 @@ def calibrate(
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="uniform, lampq, lampq-paper, repq, fast or lampq+ (most accurate).")
+        str,
+        typer.Option(help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast or lampq+ (most accurate)."),
     ] = "lampq",
     labels: Labels = None,
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,

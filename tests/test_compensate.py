@@ -1,4 +1,4 @@
-"""Compensated plans: nearer to the floating-point model, served as simulated, on every kind of ViT."""
+"""Plans of rewritten models, compensated or not: served as simulated, and some nearer to floating point, on every ViT."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ def test_it_beats_rounding_each_layer_alone() -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("recipe", ["adalog", "fast"])
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_every_kind_of_vit(variant: str) -> None:
+def test_every_kind_of_vit(variant: str, recipe: str) -> None:
     model = tiny_vit(**VARIANTS[variant])
     images = images_for(model)
     before = copy.deepcopy(model.state_dict())
-    plan = calibrate(model, images).plan(Budget(mean_bits=5), "fast")
+    plan = calibrate(model, images).plan(Budget(mean_bits=5), recipe)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert set(plan.provenance["refused_rewrites"]) <= {"rotate-residual", "rotate-heads"}
     with torch.inference_mode():
