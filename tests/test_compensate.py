@@ -1,4 +1,4 @@
-"""Plans of rewritten models, compensated or not: served as simulated, and some nearer to floating point, on every ViT."""
+"""Plans of rewritten models: served as simulated on every kind of ViT, and with compensation nearer to fp32."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def test_every_kind_of_vit(variant: str, recipe: str) -> None:
     with torch.inference_mode():
         served, reference = (lampq_rt.compile(model, plan, backend=b)(images) for b in ("native", "reference"))
         simulated, exact = simulate(model, plan)(images), model(images)
-    assert distance(served, reference) < 0.25 * distance(reference, exact)
-    assert distance(simulated, reference) < 0.25 * distance(reference, exact)
+    for twin in (served, simulated):
+        # A code that falls the other way moves its image by half of the error; a difference in kind moves them all.
+        alike = (twin - reference).norm(dim=1) < 0.25 * (reference - exact).norm(dim=1)
+        assert int(alike.sum()) >= len(images) - 1
 
 
 @pytest.mark.parametrize("recipe", REWRITING)
