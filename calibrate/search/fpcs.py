@@ -14,6 +14,7 @@ Operands of the attention matmuls have a scale a head and no zero-point here: th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -68,7 +69,7 @@ class FPCS(OutputError):
             last = search.best(KEEP)
             if stride > 1:
                 exact = LayerError(seen.rows, worth, fmt, weight_hat)
-                last = sorted(last + search.best_starts, key=lambda c: exact.measure(search.steps(c)))
+                last = [min(last + search.best_starts, key=lambda c: _error(exact, search.steps(c)))]
             return search.steps(last[0])
 
         return solve
@@ -152,8 +153,13 @@ class _Search:
     def _measure(self, scale: float, zero_point: int) -> None:
         candidate = float(positive(torch.tensor(scale))), min(max(zero_point, self.codes[0]), self.codes[1])
         if candidate not in self.known:
-            error = self.error.measure(self.steps(candidate))
-            self.known[candidate] = error if error == error else float("inf")
+            self.known[candidate] = _error(self.error, self.steps(candidate))
+
+
+def _error(layer: LayerError, steps: Steps) -> float:
+    """Infinite where it is no number."""
+    error = layer.measure(steps)
+    return float("inf") if math.isnan(error) else error
 
 
 SEARCHES.register("fpcs")(FPCS())
