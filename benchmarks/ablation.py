@@ -9,7 +9,7 @@ results, not for choices.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,7 +62,14 @@ def main(
 ) -> None:
     """Measure every step on both models and write the table."""
     recipes = list(steps())
-    found: dict[tuple[str, str], tuple[float, float, float]] = {}
+    found = trials(data, recipes, bits)
+    if out is not None:
+        put_between(out, "ablation", table([label for label, _ in recipes], found, bits))
+
+
+def trials(data: Path, recipes: Sequence[tuple[str, Recipe]], bits: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """KL in nats and agreement in percent, by model and label; the recipes are registered ones."""
+    found: dict[tuple[str, str], tuple[float, float]] = {}
     for name in MODELS:
         model = models.load_model(name, data / "weights" / f"{name}.safetensors")
         every = images.list_images(data / "calib1000")
@@ -77,19 +84,17 @@ def main(
             seconds = time.perf_counter() - start
             found_here = answers(lampq_rt.compile(model, plan), pixels)
             agreement = float((found_here.argmax(1) == exact.argmax(1)).double().mean()) * 100
-            found[name, label] = float(kl_divergence(exact, found_here).mean()), agreement, seconds
-            console.print(name, label, *(f"{value:.4g}" for value in found[name, label]))
-    if out is not None:
-        put_between(out, "ablation", _table(recipes, found, bits))
+            found[name, label] = float(kl_divergence(exact, found_here).mean()), agreement
+            console.print(name, label, *(f"{value:.4g}" for value in (*found[name, label], seconds)))
+    return found
 
 
-def _table(
-    recipes: list[tuple[str, Recipe]], found: dict[tuple[str, str], tuple[float, float, float]], bits: int
-) -> Iterator[str]:
+def table(labels: Sequence[str], found: Mapping[tuple[str, str], tuple[float, float]], bits: int) -> Iterator[str]:
+    """Markdown of `trials`, a row a label."""
     yield f"\nKL to fp32 in nats (agreement in %), mean {bits} bits, {HELD_OUT} images that calibrated nothing:\n"
     yield "| | " + " | ".join(MODELS) + " |"
     yield "|---" * (1 + len(MODELS)) + "|"
-    for label, _ in recipes:
+    for label in labels:
         cells = (f"{found[name, label][0]:.3f} ({found[name, label][1]:.0f})" for name in MODELS)
         yield f"| {label} | " + " | ".join(cells) + " |"
 

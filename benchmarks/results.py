@@ -32,7 +32,7 @@ from lampq_rt.evaluate import kl_divergence
 
 ROWS = Path(__file__).parent / "results" / "accuracy.jsonl"
 MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224")
-DEFAULT_RECIPES = "lampq,lampq-paper,repq,fast,lampq+,lampq+rec"
+RECIPES_SHOWN = "lampq,lampq-paper,repq,adalog,lampq-adalog,fast,lampq+,lampq+rec"
 UNIFORM_WIDTHS = (8, 6, 5, 4, 3)
 MIXED_WIDTHS = (6, 5, 4, 3)
 TRAINED_WIDTHS = (4, 3)
@@ -60,9 +60,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Markdown file with the two markers.")] = Path("docs/results.md"),
     only: Annotated[str, typer.Option(help="Only models whose name starts with this.")] = "",
     calib_images: Annotated[str, typer.Option(help="Sizes of the calibration set, in this order.")] = "32,128",
-    recipes: Annotated[
-        str, typer.Option(help="Recipes beside uniform.")
-    ] = "lampq,lampq-paper,repq,fast,lampq+,lampq+rec",
+    recipes: Annotated[str, typer.Option(help="Recipes beside uniform.")] = RECIPES_SHOWN,
     train_images: Annotated[int, typer.Option(help="Images of calib1000/ that lampq+rec trains on.")] = 1000,
     limit: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
 ) -> None:

@@ -169,6 +169,7 @@ class Measurements:
                     search,
                     progress=lambda d, n: self.report(f"steps of {total} sites", d * total // n, total),
                     rounding=self.preparation.rounding,
+                    family=self.preparation.family,
                 )
 
             found = self.shard.together(solve)
@@ -356,8 +357,7 @@ def _styled(site: Site, formats: backends.Formats, preparation: Preparation) -> 
         return formats
     softmax = preparation.softmax if width <= MAX_LOG2_BITS else "rowmax"
     granularity = preparation.fc2_input if site.kind is Kind.FC2 else "tensor"
-    in_table = site.kind in backends.TABLE_KINDS and width in TABLE_BITS
-    scheme = preparation.scheme if in_table else "uniform"
+    scheme = preparation.scheme_of(site.kind) if width in TABLE_BITS else "uniform"
     return backends.formats(site.kind, width, p_scheme=softmax, input_granularity=granularity, input_scheme=scheme)
 
 

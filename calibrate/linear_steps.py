@@ -19,8 +19,9 @@ from lampq_rt.calibrate.observe import LinearObservation
 from lampq_rt.calibrate.rounding import gptq, weighted_moment
 from lampq_rt.calibrate.search import RangeSearch, Steps, weight_scale
 from lampq_rt.calibrate.search.base import LinearSolver
+from lampq_rt.calibrate.search.families import FAMILIES
 from lampq_rt.calibrate.search.output_error import row_worth
-from lampq_rt.calibrate.search.table import best_table, code_histogram
+from lampq_rt.calibrate.search.table import code_histogram
 from lampq_rt.formats import Format
 from lampq_rt.inputs import quantized_input
 from lampq_rt.plan import SiteParams
@@ -59,12 +60,20 @@ class LinearSteps:
         weight: fp32 [N, K].
         by_channel: True for a step a channel of the input.
         rounding: "nearest" or "gptq".
+        family: of levels, where the input has a table.
     """
 
     def __init__(
-        self, search: RangeSearch, seen: LinearObservation, weight: Tensor, by_channel: bool, rounding: str
+        self,
+        search: RangeSearch,
+        seen: LinearObservation,
+        weight: Tensor,
+        by_channel: bool,
+        rounding: str,
+        family: str = "optimal",
     ) -> None:
         self.seen, self.weight, self.rounding = seen, weight, rounding
+        self.levels = FAMILIES.get(family)
         self.worth = row_worth(seen, weight)
         if by_channel:
             self.views = [_view(search, seen, weight, exponent) for exponent in EXPONENTS]
@@ -110,7 +119,8 @@ class LinearSteps:
 
     def _table(self, view: _View, steps: Steps, weight_hat: Tensor, bits: int) -> Tensor:
         codes = QUANTIZERS.get("uniform").quantize(view.seen.rows, steps.scale, steps.zero_point, GRID_BITS)
-        return best_table(code_histogram(codes, self.worth, weight_hat.square().sum(0)), bits)
+        zero = 0 if steps.zero_point is None else int(steps.zero_point)
+        return self.levels(code_histogram(codes, self.worth, weight_hat.square().sum(0)), zero, bits)
 
     def _error(self, params: SiteParams) -> float:
         """Squared error of the layer's output, rows counting what they are worth."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lampq_rt.backends import TABLE_KINDS
 from lampq_rt.calibrate.reconstruct import Schedule
 from lampq_rt.registry import Registry
+from lampq_rt.sites import Kind
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Preparation:
         softmax: scheme of softmax output of at most 4 bits: "rowmax" or "log2".
         fc2_input: "tensor" or "channel": what shares a step of the input of fc2.
         scheme: of the inputs of the blocks' linears at 2..7 bits: "uniform" or "table".
+        families: kinds of the blocks' linears whose inputs have tables whatever `scheme` says, each with the family of
+            its levels (`calibrate/search/families`). The other kinds' tables are of family "optimal".
         rounding: of weights while bits are chosen: "nearest" or "gptq".
     """
 
@@ -26,6 +30,28 @@ class Preparation:
     fc2_input: str = "tensor"
     scheme: str = "uniform"
     rounding: str = "nearest"
+    families: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = {kind for kind, _ in self.families} - set(map(str, TABLE_KINDS))
+        if unknown:
+            raise ValueError(f"families of levels for {sorted(unknown)}; allowed: {', '.join(sorted(TABLE_KINDS))}")
+
+    def family(self, kind: Kind) -> str:
+        """Family of the levels where inputs of that kind have tables."""
+        return dict(self.families).get(str(kind), "optimal")
+
+    def scheme_of(self, kind: Kind) -> str:
+        """Scheme of the inputs of that kind at 2..7 bits."""
+        if kind not in TABLE_KINDS:
+            return "uniform"
+        return "table" if str(kind) in dict(self.families) else self.scheme
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict; families only where there are any."""
+        facts = {**asdict(self), "rewrites": list(self.rewrites)}
+        del facts["families"]
+        return {**facts, "families": dict(self.families)} if self.families else facts
 
 
 PLAIN = Preparation()
@@ -39,6 +65,10 @@ STRONG = Preparation(
 )
 """The base that `lampq+` chooses bits on; docs/calibration.md says what each part buys."""
 
+
+ADALOG = Preparation(("repq",), softmax="log2", families=(("fc2", "adalog"),))
+"""AdaLog's base (2407.12951), which LampQ's results were published on, but softmax output in powers of two: no backend
+executes a searched base there."""
 
 STEPS = 240
 """Of the training of `lampq+rec`."""
@@ -73,10 +103,13 @@ class Recipe:
     compensate: bool = False
     schedule: Schedule = Schedule(steps=0)
 
+    def __post_init__(self) -> None:
+        if self.compensate and self.preparation.families:
+            raise ValueError(f"recipe {self.name!r} compensates, which makes tables anew: allowed without families")
+
     def to_json(self) -> dict[str, Any]:
         """A plain dict, for the plan's provenance."""
-        preparation = {**asdict(self.preparation), "rewrites": list(self.preparation.rewrites)}
-        return {**asdict(self), "penalties": list(self.penalties), "preparation": preparation}
+        return {**asdict(self), "penalties": list(self.penalties), "preparation": self.preparation.to_json()}
 
 
 RECIPES: Registry[Recipe] = Registry("recipe")
@@ -110,6 +143,26 @@ for _recipe in (
         False,
         "RepQ-ViT's reparameterised norms and logarithmic softmax, the same bits everywhere",
         Preparation(("repq",), softmax="log2"),
+    ),
+    Recipe(
+        "adalog",
+        "fpcs",
+        (),
+        "uniform",
+        False,
+        False,
+        "AdaLog: levels of a searched base before fc2, reparameterised norms, FPCS; softmax output in powers of two",
+        ADALOG,
+    ),
+    Recipe(
+        "lampq-adalog",
+        "fpcs",
+        ("exponential",),
+        "milp",
+        False,
+        True,
+        "LampQ as printed on AdaLog's base, the setting of the paper's tables",
+        ADALOG,
     ),
     Recipe(
         "fast",

@@ -35,6 +35,7 @@ def site_params(
     weight: Tensor | None,
     search: str = DEFAULT_SEARCH,
     rounding: str = "nearest",
+    family: str = "optimal",
 ) -> SiteParams:
     """Steps of one site in one choice of formats.
 
@@ -45,15 +46,16 @@ def site_params(
         weight: fp32 [N, ...] for a linear; None for a matmul.
         search: name of a range search.
         rounding: of weights, "nearest" or "gptq".
+        family: of levels, where the input has a table.
 
     Returns:
         Tensors as `lampq_rt.plan.SiteParams` says, on the CPU; none where the formats are float.
 
     Raises:
-        UnknownNameError: no search has that name.
+        UnknownNameError: no search, or no family of levels, has that name.
         DataError: the weight holds a NaN or infinity.
     """
-    return _fill(site, formats, _solver(site, observation, weight, search, rounding))
+    return _fill(site, formats, _solver(site, observation, weight, search, rounding, family))
 
 
 def step_table(
@@ -63,6 +65,7 @@ def step_table(
     search: str = DEFAULT_SEARCH,
     progress: Progress | None = None,
     rounding: str = "nearest",
+    family: Callable[[Kind], str] = lambda kind: "optimal",
 ) -> dict[str, dict[int, SiteParams]]:
     """Steps of every site of `menu` at every width offered there.
 
@@ -73,12 +76,13 @@ def step_table(
         search: name of a range search.
         progress: called with the number of sites done and their number after each site.
         rounding: of weights, "nearest" or "gptq".
+        family: by kind of site, of the levels where an input has a table.
 
     Returns:
         By site name, then by width (16: floating point, without tensors), in the order of `menu`.
 
     Raises:
-        UnknownNameError: no search has that name.
+        UnknownNameError: no search, or no family of levels, has that name.
         FormatError: two choices of one site have the same width.
         DataError: a weight holds a NaN or infinity.
     """
@@ -87,10 +91,11 @@ def step_table(
     for done, (name, choices) in enumerate(menu.items(), 1):
         module = simulation.module(name)
         weight = module.original.weight.detach() if isinstance(module, SimulatedLinear) else None
-        solver = _solver(sites[name], observations[name], weight, search, rounding)
+        site = sites[name]
+        solver = _solver(site, observations[name], weight, search, rounding, family(site.kind))
         table[name] = {}
         for formats in choices:
-            params = _fill(sites[name], formats, solver)
+            params = _fill(site, formats, solver)
             if params.bits in table[name]:
                 raise FormatError(f"site {name!r}: the menu offers {params.bits} bits twice")
             table[name][params.bits] = params
@@ -108,7 +113,9 @@ def _fill(site: Site, formats: Mapping[str, Format], solver: _Solver) -> SitePar
 
 
 @torch.no_grad()
-def _solver(site: Site, observation: Observation, weight: Tensor | None, search: str, rounding: str) -> _Solver:
+def _solver(
+    site: Site, observation: Observation, weight: Tensor | None, search: str, rounding: str, family: str
+) -> _Solver:
     """What the search prepares once for all widths of a site."""
     chosen = SEARCHES.get(search)
     if site.kind is Kind.QK:
@@ -128,7 +135,7 @@ def _solver(site: Site, observation: Observation, weight: Tensor | None, search:
     def solve(formats: Mapping[str, Format]) -> dict[str, Tensor]:
         granularity = formats["input"].granularity
         if granularity not in solvers:
-            solvers[granularity] = LinearSteps(chosen, observation, rows, granularity == "channel", rounding)
+            solvers[granularity] = LinearSteps(chosen, observation, rows, granularity == "channel", rounding, family)
         return solvers[granularity](site, formats)
 
     return solve

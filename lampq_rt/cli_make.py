@@ -45,7 +45,10 @@ def calibrate(
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="uniform, lampq, lampq-paper, repq, fast, lampq+ or lampq+rec (most accurate; trains).")
+        str,
+        typer.Option(
+            help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, lampq+ or lampq+rec (most accurate; trains)."
+        ),
     ] = "lampq",
     labels: Labels = None,
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,

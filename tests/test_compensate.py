@@ -1,4 +1,4 @@
-"""Compensated plans: nearer to the floating-point model, served as simulated, on every kind of ViT."""
+"""Plans of rewritten models: served as simulated on every kind of ViT, and with compensation nearer to fp32."""
 
 from __future__ import annotations
 
@@ -38,19 +38,22 @@ def test_it_beats_rounding_each_layer_alone() -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("recipe", ["adalog", "fast"])
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_every_kind_of_vit(variant: str) -> None:
+def test_every_kind_of_vit(variant: str, recipe: str) -> None:
     model = tiny_vit(**VARIANTS[variant])
     images = images_for(model)
     before = copy.deepcopy(model.state_dict())
-    plan = calibrate(model, images).plan(Budget(mean_bits=5), "fast")
+    plan = calibrate(model, images).plan(Budget(mean_bits=5), recipe)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert set(plan.provenance["refused_rewrites"]) <= {"rotate-residual", "rotate-heads"}
     with torch.inference_mode():
         served, reference = (lampq_rt.compile(model, plan, backend=b)(images) for b in ("native", "reference"))
         simulated, exact = simulate(model, plan)(images), model(images)
-    assert distance(served, reference) < 0.25 * distance(reference, exact)
-    assert distance(simulated, reference) < 0.25 * distance(reference, exact)
+    for twin in (served, simulated):
+        # A code that falls the other way moves its image by half of the error; a difference in kind moves them all.
+        alike = (twin - reference).norm(dim=1) < 0.25 * (reference - exact).norm(dim=1)
+        assert int(alike.sum()) >= len(images) - 1
 
 
 @pytest.mark.parametrize("recipe", REWRITING)

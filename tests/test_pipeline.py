@@ -168,7 +168,8 @@ def test_labels_that_do_not_fit_are_refused(
 
 def test_unknown_names_and_devices_are_refused(model: VisionTransformer, images: Tensor) -> None:
     with pytest.raises(
-        UnknownNameError, match="unknown recipe 'best'; known: fast, lampq, lampq\\+, lampq-paper, repq, uniform"
+        UnknownNameError,
+        match="unknown recipe 'best'; known: adalog, fast, lampq, lampq\\+, lampq-adalog, lampq-paper, repq, uniform",
     ):
         make_plan(model, images, budget=Budget(mean_bits=4), recipe="best")
     with pytest.raises(BackendError, match="target"):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lampq_rt import backends
 from lampq_rt.calibrate.observe import LinearObservation, PVObservation, QKObservation, observe
-from lampq_rt.calibrate.search import SEARCHES, Steps, output_error, weight_mse, weight_scale
-from lampq_rt.calibrate.search.base import affine_steps
+from lampq_rt.calibrate.search import SEARCHES, Steps, fpcs, output_error, weight_mse, weight_scale
+from lampq_rt.calibrate.search.base import affine_steps, range_steps
 from lampq_rt.calibrate.steps import site_params, step_table
 from lampq_rt.compiler import check_sites
 from lampq_rt.errors import DataError, FormatError, UnknownNameError
@@ -137,7 +137,35 @@ def test_output_error_comes_close_to_an_exhaustive_search(bits: int, name: str) 
     steps = SEARCHES.get("output-error").linear(seen, w)(error.fmt, w_hat)
     grid = range(0, output_error.FINE + 1, 3)
     least = min(error((i, j)) for i in grid for j in grid)
-    assert error._measure(steps) <= 1.05 * least
+    assert error.measure(steps) <= 1.05 * least
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", OPERANDS[:6])
+def test_fpcs_is_never_worse_than_a_grid_of_percentiles(bits: int, name: str) -> None:
+    """In its own measure; and where the ends of a range shrink ("output-error"), at most a little."""
+    x = operand(name)
+    seen = linear_seen(x, torch.rand(ROWS, generator=generator(3)) + 0.5)
+    for channels in (CHANNELS, 7):
+        w, w_hat = weight_hat(bits, channels)
+        error = output_error.LayerError(
+            x, output_error.row_worth(seen, w), fmt := Format(bits, "uniform", "tensor", False), w_hat
+        )
+        grid = [(float(x.quantile(1 - p)), float(x.quantile(p))) for p in (0.9, 0.95, 0.99, 0.999, 1.0)]
+        found = error.measure(SEARCHES.get("fpcs").linear(seen, w)(fmt, w_hat))
+        least = min(error.measure(range_steps(low, high, fmt)) for low, high in grid)
+        assert found <= least * (1 + 1e-5)
+        assert found <= 1.02 * error.measure(SEARCHES.get("output-error").linear(seen, w)(fmt, w_hat))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fpcs_keeps_the_best_of_its_starts(symmetric: bool) -> None:
+    """More rows than candidates are judged on: the starts kept are judged on all rows with the rest."""
+    x = torch.randn(1000, FEATURES, generator=generator(5)) ** 3
+    seen, (w, w_hat), fmt = linear_seen(x), weight_hat(4), Format(4, "uniform", "tensor", symmetric)
+    error = output_error.LayerError(x, output_error.row_worth(seen, w), fmt, w_hat)
+    found = error.measure(SEARCHES.get("fpcs").linear(seen, w)(fmt, w_hat))
+    assert found <= 1.02 * min(error.measure(range_steps(*ends, fmt)) for ends in fpcs._ranges(seen))
 
 
 def test_a_massive_row_does_not_decide_the_step() -> None:

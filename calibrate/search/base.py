@@ -80,14 +80,14 @@ def affine_steps(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     bottom, top = reference.code_range(bits)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = _positive((high - low) / (top - bottom))
+    scale = positive((high - low) / (top - bottom))
     zero_point = (bottom - low / scale.double()).round().clamp(bottom, top)
     return scale, zero_point.to(torch.int32)
 
 
 def symmetric_scale(max_abs: Tensor, bits: int) -> Tensor:
     """fp32 steps for which `max_abs` (fp64, any shape) has the highest code. A maximum of 0 gets step 1."""
-    return _positive(max_abs / reference.code_range(bits)[1])
+    return positive(max_abs / reference.code_range(bits)[1])
 
 
 def range_steps(low: float, high: float, fmt: Format) -> Steps:
@@ -98,6 +98,6 @@ def range_steps(low: float, high: float, fmt: Format) -> Steps:
     return Steps(*affine_steps(ends[0], ends[1], fmt.bits))
 
 
-def _positive(scale: Tensor) -> Tensor:
+def positive(scale: Tensor) -> Tensor:
     """fp32 steps: 1 where the range is empty, never so small that the reciprocal overflows."""
     return torch.where(scale > 0, scale.clamp(min=_SMALLEST), torch.ones_like(scale)).float()

@@ -80,6 +80,20 @@ Cell = tuple[int, int]
 class OutputError:
     """Least squared error of the site's output over the observed rows."""
 
+    def heads(self, x: Tensor, max_abs: Tensor, fmt: Format, error: Callable[[Tensor], Tensor]) -> Steps:
+        """Per head, the step of least `error`.
+
+        Args:
+            x: fp32 [..., H, R, d].
+            max_abs: fp32 [H].
+            fmt: of the operand.
+            error: from x_hat - x to fp32 [H].
+        """
+        factors = LOWEST ** torch.linspace(0.0, 1.0, HEAD_FACTORS, dtype=torch.float64, device=x.device)
+        scales = symmetric_scale(max_abs.double() * factors[:, None], fmt.bits)  # [factors, H]
+        best = head_errors(x, scales, fmt, error).argmin(0, keepdim=True)  # the widest among equals
+        return Steps(scales.gather(0, best).squeeze(0))
+
     def linear(self, seen: LinearObservation, weight: Tensor) -> LinearSolver:
         """See `RangeSearch.linear`."""
         worth = row_worth(seen, weight)
@@ -111,7 +125,7 @@ class OutputError:
             return ((e @ gram_q) * e).sum((0, 2, 3))
 
         def solve(fmt: Format) -> tuple[Steps, Steps]:
-            return _best_heads(q, seen.q_max, fmt, error_q), _best_heads(k, seen.k_max, fmt, error_k)
+            return self.heads(q, seen.q_max, fmt, error_q), self.heads(k, seen.k_max, fmt, error_k)
 
         return solve
 
@@ -119,19 +133,44 @@ class OutputError:
         """See `RangeSearch.pv`."""
         stride = max(1, round(seen.v.shape[1] / HEAD_ROWS))
         v = seen.v[:, ::stride].contiguous()
-        return lambda fmt: _best_heads(v, seen.v_max, fmt, lambda e: e.square().sum((1, 2)))
+        return lambda fmt: self.heads(v, seen.v_max, fmt, lambda e: e.square().sum((1, 2)))
 
 
-class _ExactError:
-    """Error of the layer's output for cells of the fine grid; each is measured once, the best is remembered."""
+class LayerError:
+    """Squared error of a linear's output.
 
-    def __init__(self, seen: LinearObservation, worth: Tensor, fmt: Format, weight_hat: Tensor) -> None:
-        self.seen, self.fmt = seen, fmt
+    Args:
+        rows: fp32 [R, K], of its input.
+        worth: fp32 [R], what each row counts.
+        fmt: of the input.
+        weight_hat: fp32 [N, K], quantised.
+    """
+
+    def __init__(self, rows: Tensor, worth: Tensor, fmt: Format, weight_hat: Tensor) -> None:
+        self.rows, self.fmt = rows, fmt
         self.root_worth = worth.sqrt()[:, None]
         self.quantizer = QUANTIZERS.get(fmt.scheme)
         channels, features = weight_hat.shape
         self.gram = weight_hat.t() @ weight_hat if features < channels else None
         self.weight_hat = weight_hat
+
+    def measure(self, steps: Steps) -> float:
+        """The error with these steps."""
+        rows = self.rows
+        zero_point = None if steps.zero_point is None else steps.zero_point.to(rows.device)
+        e = self.quantizer.fake_quantize(rows, steps.scale.to(rows.device), zero_point, self.fmt.bits).sub_(rows)
+        e.mul_(self.root_worth)
+        if self.gram is None:
+            return float((e @ self.weight_hat.t()).square_().sum())
+        return float((e @ self.gram).mul_(e).sum())
+
+
+class _ExactError(LayerError):
+    """The error for cells of the fine grid; each is measured once, the best is remembered."""
+
+    def __init__(self, seen: LinearObservation, worth: Tensor, fmt: Format, weight_hat: Tensor) -> None:
+        super().__init__(seen.rows, worth, fmt, weight_hat)
+        self.seen = seen
         self.known: dict[Cell, float] = {}
         self.best: Cell = (0, 0)
         self(self.best)
@@ -149,19 +188,10 @@ class _ExactError:
         if min(cell) < 0 or max(cell) > FINE:
             return float("inf")
         if cell not in self.known:
-            self.known[cell] = self._measure(self.steps(cell))
+            self.known[cell] = self.measure(self.steps(cell))
             if self.known[cell] < self.known[self.best]:
                 self.best = cell
         return self.known[cell]
-
-    def _measure(self, steps: Steps) -> float:
-        rows = self.seen.rows
-        zero_point = None if steps.zero_point is None else steps.zero_point.to(rows.device)
-        e = self.quantizer.fake_quantize(rows, steps.scale.to(rows.device), zero_point, self.fmt.bits).sub_(rows)
-        e.mul_(self.root_worth)
-        if self.gram is None:
-            return float((e @ self.weight_hat.t()).square_().sum())
-        return float((e @ self.gram).mul_(e).sum())
 
 
 def row_worth(seen: LinearObservation, weight: Tensor) -> Tensor:
@@ -241,21 +271,11 @@ def _best_cells(values: Tensor, masses: Tensor, error: _ExactError) -> Iterable[
     return [(int(low), int(high)) for low, high in cells[order]]
 
 
-def _best_heads(x: Tensor, max_abs: Tensor, fmt: Format, error: Callable[[Tensor], Tensor]) -> Steps:
-    """Per head, the step of least `error`.
-
-    Args:
-        x: fp32 [..., H, R, d].
-        max_abs: fp32 [H].
-        fmt: of the operand.
-        error: from x_hat - x to fp32 [H].
-    """
+def head_errors(x: Tensor, scales: Tensor, fmt: Format, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """fp32 [candidates, H]: `error` of symmetric steps [candidates, H]; infinite where it is no number."""
     quantizer = QUANTIZERS.get(fmt.scheme)
-    factors = LOWEST ** torch.linspace(0.0, 1.0, HEAD_FACTORS, dtype=torch.float64, device=x.device)
-    scales = symmetric_scale(max_abs.double() * factors[:, None], fmt.bits)  # [factors, H]
     errors = torch.stack([error(quantizer.fake_quantize(x, s[:, None, None], None, fmt.bits).sub_(x)) for s in scales])
-    best = errors.nan_to_num(nan=float("inf"), posinf=float("inf")).argmin(0, keepdim=True)  # the widest among equals
-    return Steps(scales.gather(0, best).squeeze(0))
+    return errors.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 SEARCHES.register("output-error")(OutputError())

@@ -31,7 +31,7 @@ class Percentile:
     def linear(self, seen: LinearObservation, weight: Tensor) -> LinearSolver:
         """See `RangeSearch.linear`."""
         ordered = seen.rows.flatten().sort().values
-        ranges = [(_quantile(ordered, 1.0 - p), _quantile(ordered, p)) for p in PERCENTILES[:-1]]
+        ranges = [(quantile(ordered, 1.0 - p), quantile(ordered, p)) for p in PERCENTILES[:-1]]
         ranges.append((seen.low, seen.high))
 
         def solve(fmt: Format, weight_hat: Tensor) -> Steps:
@@ -52,7 +52,7 @@ class Percentile:
         return _head_solver(seen.v.flatten(1), seen.v_max)
 
 
-def _quantile(ordered: Tensor, p: float) -> float:
+def quantile(ordered: Tensor, p: float) -> float:
     """The value at rank p of sorted values, interpolated; `torch.quantile` refuses more than 16 million."""
     rank = min(max(p, 0.0), 1.0) * (ordered.numel() - 1)
     below = int(rank)
@@ -70,7 +70,7 @@ def _squared_error(x: Tensor, steps: Steps, fmt: Format) -> float:
 def _head_solver(x: Tensor, max_abs: Tensor) -> PVSolver:
     """Of values [H, n] per head."""
     ordered = x.abs().sort(-1).values
-    quantiles = [[_quantile(head, p) for p in PERCENTILES[:-1]] for head in ordered]
+    quantiles = [[quantile(head, p) for p in PERCENTILES[:-1]] for head in ordered]
     tops = torch.tensor(quantiles, dtype=torch.float64, device=x.device)
     limits = torch.cat((tops, max_abs.double()[:, None]), 1)  # [H, percentiles]
 

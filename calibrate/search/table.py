@@ -3,7 +3,7 @@
 A histogram of the 8-bit codes, each value weighted by what the layer's output makes of its error, is cut into 2^b
 intervals of least weighted squared error by dynamic programming: the optimal scalar quantiser (Lloyd 1982, Max 1960)
 whose levels lie on the grid. Logarithmic, twin-uniform and adaptive-base formats (FQ-ViT, RepQ-ViT, PTQ4ViT, AdaLog)
-choose among fewer such tables, so none of them has less error by this measure.
+choose among fewer such tables (`families`), so none of them has less error by this measure.
 """
 
 from __future__ import annotations
