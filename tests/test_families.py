@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -15,13 +16,16 @@ from lampq_rt.calibrate.search.table import best_table
 from lampq_rt.quantizers.table import flaw
 from lampq_rt.sites import Kind
 
+EDGE = {-128: 5.0, -126: 3.0, -125: 4.0, -90: 1.0, 20: 0.5}
+"""A tail that ends at the grid's end, with 0 at code -122."""
+
 SPARSE = {-20: 3.0, -19: 5.0, -18: 1.0, -15: 2.0, -4: 4.0, 9: 1.0, 61: 0.5, 100: 0.25}
 """Weight by code: what lies behind a GELU, with 0 at code -15."""
 
 TWO_TAILED = {-90: 0.5, -33: 1.0, -7: 6.0, -2: 2.0, 0: 3.0, 4: 5.0, 25: 2.0, 70: 0.5}
 """The same with 0 at code 0."""
 
-CASES = {"one tail": (SPARSE, -15), "two tails": (TWO_TAILED, 0)}
+CASES = {"one tail": (SPARSE, -15), "two tails": (TWO_TAILED, 0), "edge": (EDGE, -122)}
 
 
 def histogram_of(weights: dict[int, float]) -> Tensor:
@@ -36,16 +40,22 @@ def behind_gelu() -> Tensor:
     return torch.bincount((x * 20 - 100).round().clamp(-128, 127).long() + 128, minlength=256).double()
 
 
+def on_grid(levels: list[float]) -> set[int]:
+    return {round(level) for level in levels if -128 <= round(level) <= 127}
+
+
 def error(weights: dict[int, float], levels: list[float]) -> float:
-    """Every code goes to the nearest of the levels, which are rounded to the grid."""
-    whole = [min(max(round(level), -128), 127) for level in levels]
+    """Every code goes to the nearest of the levels, which are rounded to the grid and left out beyond it."""
+    whole = on_grid(levels)
+    if not whole:
+        return math.inf
     return sum(weight * min((code - level) ** 2 for level in whole) for code, weight in weights.items())
 
 
 def log_formula(weights: dict[int, float], zero: int, bits: int, exponent: float) -> Iterator[list[float]]:
     """AdaLog's x_hat = s * 2^(-k q / r) - shift of the codes k, the largest of which may mean s * 0."""
     for s in range(1, 256):
-        if zero == -15:
+        if zero != 0:
             shift = -min(weights)
             powers = [s * 2 ** (-k * exponent) - shift for k in range(2**bits)]
             yield powers
@@ -93,7 +103,7 @@ def test_uniform_ranges_by_brute_force(case: str, bits: int) -> None:
 def check(weights: dict[int, float], table: Tensor, bits: int, formula: Iterator[list[float]]) -> None:
     """The table's levels are those of a member of the family, and no member has less error."""
     assert flaw(table, bits) is None
-    members = [(error(weights, levels), {min(max(round(v), -128), 127) for v in levels}) for levels in formula]
+    members = [(error(weights, levels), on_grid(levels)) for levels in formula]
     least = min(e for e, _ in members)
     own = sum(weight * (code - int(table[code + 128])) ** 2 for code, weight in weights.items())
     assert own == pytest.approx(least, abs=1e-9)

@@ -63,8 +63,16 @@ class Best:
         self.levels = torch.zeros(1, dtype=torch.int64)
 
     def offer(self, candidates: Tensor) -> None:
-        """Real levels in units of the grid, [..., L] in any order; rounded to the grid here."""
-        levels = candidates.double().round().clamp(LOWEST, HIGHEST).long().flatten(0, -2).sort(1).values
+        """Real levels in units of the grid, [..., L] in any order; rounded to the grid here, and left out beyond it.
+
+        (At the grid's end they would be levels that the formula does not have: GELU's minimum, for one.)
+        """
+        levels = candidates.double().round().long().flatten(0, -2).sort(1).values
+        inside = (levels >= LOWEST) & (levels <= HIGHEST)
+        levels, inside = levels[inside.any(1)], inside[inside.any(1)]
+        low = levels.masked_fill(~inside, HIGHEST).amin(1, keepdim=True)
+        high = levels.masked_fill(~inside, LOWEST).amax(1, keepdim=True)
+        levels = levels.clamp(low, high)
         errors = self._errors(levels)
         least = int(errors.argmin())
         if float(errors[least]) < self.error:
