@@ -189,8 +189,8 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     if models:
         first = models[0]
         stages = list(dict.fromkeys(s["stage"] for row in models for s in row["stages"][1:]))
-        yield f"\n{first['machine']}, {first['threads']} thread(s). Processor seconds, and in brackets peak memory"
-        yield "over the fp32 model's bytes, model and libraries included.\n"
+        yield f"\n{first['machine']}, {first['threads']} thread(s). Seconds of the processor, and in brackets peak"
+        yield "memory over the fp32 model's bytes, model and libraries included.\n"
         yield f"| model | images | widths | fp32 MB | libraries MB | {' | '.join(stages)} | all | peak |"
         yield "|---" * (len(stages) + 7) + "|"
     for row in sorted(models, key=lambda r: (r["fp32_bytes"], r["images"])):

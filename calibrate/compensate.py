@@ -12,14 +12,14 @@ The regression aims at what this site would give without its own quantisation, n
 output: the errors gathered before it look like noise to it, against which least squares can only shrink the weight,
 and twelve blocks of shrunken outputs are worse than the noise (tried: KL 0.9 instead of 0.5 on DeiT-Tiny at 4 bits).
 
-A site's inputs are held for one batch of images at a time; those of more wait on disk, and moments are summed over
-batches. Between sites only the two residual streams stay.
+Of a site's inputs those of 32 images are held at a time; more wait on disk, and moments are summed. Between sites only the two residual streams stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -55,6 +55,9 @@ EXTREMES = 32
 EXTREME_SHARE = 0.05
 """The rows of largest magnitude are looked at, too, and have this say together: massive activations are rare (one token
 of an image, or of ten), but all other tokens attend to them, and a step that clips them is felt everywhere."""
+
+TOGETHER = 32
+"""Images whose inputs of a site are in memory together, and whose rows are summed in one product."""
 
 RIDGE = 0.1
 """Share of the moment's mean diagonal that keeps the regression near the given weight."""
@@ -156,12 +159,12 @@ class _Linear:
         self.share: Tensor | None = None
         self.x, self.x_hat = Batches(), Batches()
         tokens, images, energies = 0, len(walk.images), []
-        for (x,) in walk.inputs(site, 0):
+        for x in _together(walk.inputs(site, 0)):
             tokens = x.shape[1] if site.block is not None and x.ndim == 3 else 0
             rows = _rows(x, linear)
             self.x.append(rows, whole=len(x) == images)
             energies.append(row_energy(rows, self.weight))
-        for (x,) in walk.inputs(site, 1):
+        for x in _together(walk.inputs(site, 1)):
             self.x_hat.append(_rows(x, linear), whole=len(x) == images)
         energy = torch.cat(energies)
         if 0 < prefix < tokens:
@@ -249,6 +252,12 @@ class _Sum:
     def add(self, x: Tensor) -> None:
         """Add `x`, which is used up."""
         self.total = self.total.add_(x) if self.total.numel() else x
+
+
+def _together(batches: Iterator[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """A linear's inputs, several batches put together."""
+    while parts := list(islice(batches, TOGETHER // BATCH)):
+        yield torch.cat([x for (x,) in parts]) if len(parts) > 1 else parts[0][0]
 
 
 def _shares(tokens: int, prefix: int, images: int, like: Tensor) -> Tensor:

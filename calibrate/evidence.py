@@ -244,6 +244,7 @@ class SearchEvidence:
         widths = {site.name: m.nearest(site, self.nominal) for site in m.description.sites}
         params = m.params(self.search, {name: [width] for name, width in widths.items()})
         m.simulation.set({name: params[name][width] for name, width in widths.items()})
+        trim()
         try:
             with straight_through(m.simulation):
                 return fisher.score(

@@ -52,13 +52,24 @@ class SimulatedLinear(SimulatedSite):
         super().__init__()
         self.original = original
         self._codes: tuple[Tensor, SiteParams] | None = None
+        self._held: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
         """The weight in use: where the site is quantised, made from its codes (a second model in fp32 is not held)."""
         if self._codes is None:
             return self.original.weight
+        if self._held is not None:
+            return self._held
         return _weight_from_codes(*self._codes).view_as(self.original.weight)
+
+    def hold(self) -> None:
+        """Make the weight once for all uses up to `release`."""
+        self._held = self.weight
+
+    def release(self) -> None:
+        """Make the weight anew for each use."""
+        self._held = None
 
     @property
     def bias(self) -> Tensor | None:
@@ -68,7 +79,7 @@ class SimulatedLinear(SimulatedSite):
     def set_params(self, params: SiteParams | None) -> None:
         """See `SimulatedSite.set_params`; the weight is quantised here, once."""
         super().set_params(params)
-        self._codes = None
+        self._codes, self._held = None, None
         if self.params is not None and not self.params.formats["weight"].is_float:
             self._codes = weight_codes(self.original.weight.detach().flatten(1), self.params), self.params
 

@@ -38,11 +38,15 @@ def measure_all(calibration: Calibration) -> None:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is entered; `peak` is the most that were alive at once."""
+    """Counts the bytes of tensors made while it is entered; `peak` is the most that were alive at once.
 
-    def __init__(self) -> None:
+    Args:
+        model: whose weights do not count.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.sizes: dict[int, int] = {}
+        self.sizes = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,7 +116,7 @@ def test_graphs_of_fisher_do_not_grow_with_depth() -> None:
     for depth in (2, 6):
         model = build(64, depth)
         names = [f"blocks.{i}.mlp.fc2" for i in range(depth)]
-        with Live() as live:
+        with Live(model) as live:
             fisher.score(model, torch.randn(2, 3, 32, 32), names, blocks=[f"blocks.{i}" for i in range(depth)], rows=16)
         peaks.append(live.peak)
     assert peaks[1] < 1.3 * peaks[0]  # the whole graph: nearly 3 times
@@ -128,16 +132,18 @@ def test_fisher_is_the_same_with_and_without_cuts() -> None:
     assert "forward" not in vars(model.blocks[0])
 
 
-def test_compensation_holds_one_batch_of_rows() -> None:
-    model = build(64, 2)
-    tokens, peaks = 17, []
+def test_compensation_holds_one_batch_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lampq_rt.calibrate.compensate.ROWS", 64)
+    monkeypatch.setattr("lampq_rt.calibrate.compensate.TOGETHER", 8)
+    model, peaks = build(64, 2), []
     sites = calibrate(model, torch.randn(8, 3, 32, 32)).plan(Budget(mean_bits=4), "uniform").sites
     for count in (8, 48):
-        with Live() as live:
-            compensate(Simulation(model), Simulation(model), torch.randn(count, 3, 32, 32), sites)
+        images = torch.randn(count, 3, 32, 32)
+        with Live(model) as live:
+            compensate(Simulation(model), Simulation(model), images, sites)
         peaks.append(live.peak)
-    stream = 40 * tokens * 64 * 4
-    assert peaks[1] - peaks[0] < 8 * stream  # inputs of fc2 alone are four streams in each model, thrice over
+    stream = 40 * 17 * 64 * 4  # what 40 more images have in the residual stream
+    assert peaks[1] - peaks[0] < 8 * stream  # fc2's input is four streams in each model, and was there three times
 
 
 def test_codes_of_step_tables_are_not_held() -> None:

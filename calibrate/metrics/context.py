@@ -13,14 +13,15 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from lampq_rt.simulate import SimulatedSite, Simulation
+from lampq_rt.simulate import SimulatedLinear, SimulatedSite, Simulation
 
 
 @contextmanager
 def straight_through(simulation: Simulation) -> Iterator[None]:
     """Gradients pass the quantised sites of `simulation` while this is entered."""
     sites = [simulation.module(site.name) for site in simulation.description.sites]
-    hooks = [site.register_forward_hook(_bypass) for site in sites]
+    hooks = [site.register_forward_pre_hook(_before) for site in sites]
+    hooks += [site.register_forward_hook(_bypass) for site in sites]
     try:
         yield
     finally:
@@ -28,14 +29,23 @@ def straight_through(simulation: Simulation) -> Iterator[None]:
             hook.remove()
 
 
+def _before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if isinstance(module, SimulatedLinear):
+        module.hold()
+
+
 def _bypass(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     assert isinstance(module, SimulatedSite)
     params = module.params
     if params is None:
+        if isinstance(module, SimulatedLinear):
+            module.release()
         return output
     module.params = None  # not `set_params`, which would also forget the quantised weight
     try:
         smooth = module.forward(*inputs)
     finally:
         module.params = params
+        if isinstance(module, SimulatedLinear):
+            module.release()
     return smooth + (output - smooth).detach()

@@ -182,6 +182,7 @@ class _Cut:
         self.input, self.extra = x, extra
         with torch.no_grad():
             self.output = self.run(x, **extra)
+        trim()
         return self.output.requires_grad_(True)
 
     def graph(self) -> tuple[Tensor, Tensor]:
@@ -238,6 +239,7 @@ def _one(
         gradients = _back([y] * len(gradients), x, gradients)
         if before is not source:
             gradients = _back([before] * len(gradients), source, gradients)
+        trim()
     _end(gathered, number)
     for name, one in gathered.items():
         if one.open:

@@ -16,6 +16,9 @@ from lampq_rt.quantizers.table import ENTRIES
 
 CODES = ENTRIES
 
+HISTOGRAM_BLOCK = 1 << 18
+"""Codes counted at once; each takes 24 bytes meanwhile."""
+
 
 def best_table(histogram: Tensor, bits: int) -> Tensor:
     """int8 [256]: the level of each 8-bit code, at most 2^bits different ones, in rising order.
@@ -54,6 +57,10 @@ def code_histogram(codes: Tensor, row_worth: Tensor, column_worth: Tensor) -> Te
         row_worth: [R].
         column_worth: [K].
     """
-    mass = torch.outer(row_worth.double(), column_worth.double())
-    bins = (codes.long() + CODES // 2).flatten()
-    return torch.bincount(bins.cpu(), mass.flatten().cpu(), CODES)
+    found = torch.zeros(CODES, dtype=torch.float64)
+    rows, columns = row_worth.double().cpu(), column_worth.double().cpu()
+    size = max(1, HISTOGRAM_BLOCK // codes.shape[1])
+    for part, worth in zip(codes.split(size), rows.split(size), strict=True):
+        bins = (part.long() + CODES // 2).flatten().cpu()
+        found += torch.bincount(bins, torch.outer(worth, columns).flatten(), CODES)
+    return found
