@@ -142,7 +142,12 @@ class Measurements:
         return sorted(width for width in self.menu[site.name] if width in INTEGER_BITS)
 
     def nearest(self, site: Site, wanted: int) -> int:
-        """The narrowest width of the menu that is not narrower than `wanted`; the widest where there is none."""
+        """The narrowest width of the menu that is not narrower than `wanted`; the widest where there is none.
+
+        A matmul has the width that the preparation gives all activations, if it does.
+        """
+        if site.is_matmul and self.preparation.activations is not None:
+            wanted = self.preparation.activations
         widths = sorted(self.menu[site.name])
         return min((w for w in widths if w >= wanted), default=widths[-1])
 
@@ -358,8 +363,16 @@ def _styled(site: Site, formats: backends.Formats, preparation: Preparation) -> 
         return formats
     softmax = preparation.softmax if width <= MAX_LOG2_BITS else "rowmax"
     granularity = preparation.fc2_input if site.kind is Kind.FC2 else "tensor"
-    scheme = preparation.scheme_of(site.kind) if width in TABLE_BITS else "uniform"
-    return backends.formats(site.kind, width, p_scheme=softmax, input_granularity=granularity, input_scheme=scheme)
+    input_bits = preparation.activations
+    scheme = preparation.scheme_of(site.kind) if (input_bits or width) in TABLE_BITS else "uniform"
+    return backends.formats(
+        site.kind,
+        width,
+        input_bits=input_bits,
+        p_scheme=softmax,
+        input_granularity=granularity,
+        input_scheme=scheme,
+    )
 
 
 def _width(formats: backends.Formats) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lampq_rt.backends import TABLE_KINDS
@@ -23,6 +23,8 @@ class Preparation:
         families: kinds of the blocks' linears whose inputs have tables whatever `scheme` says, each with the family of
             its levels (`calibrate/search/families`). The other kinds' tables are of family "optimal".
         rounding: of weights while bits are chosen: "nearest" or "gptq".
+        activations: width of all activations, operands of attention among them; None: a linear's input has its weight's
+            width, the others the nominal one (LampQ).
     """
 
     rewrites: tuple[str, ...] = ()
@@ -31,6 +33,7 @@ class Preparation:
     scheme: str = "uniform"
     rounding: str = "nearest"
     families: tuple[tuple[str, str], ...] = ()
+    activations: int | None = None
 
     def __post_init__(self) -> None:
         unknown = {kind for kind, _ in self.families} - set(map(str, TABLE_KINDS))
@@ -48,10 +51,9 @@ class Preparation:
         return "table" if str(kind) in dict(self.families) else self.scheme
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict; families only where there are any."""
-        facts = {**asdict(self), "rewrites": list(self.rewrites)}
-        del facts["families"]
-        return {**facts, "families": dict(self.families)} if self.families else facts
+        """A plain dict; families and width of activations only where there are any."""
+        facts = {**asdict(self), "rewrites": list(self.rewrites), "families": dict(self.families)}
+        return {key: value for key, value in facts.items() if value or key not in ("families", "activations")}
 
 
 PLAIN = Preparation()
@@ -65,6 +67,8 @@ STRONG = Preparation(
 )
 """The base that `lampq+` chooses bits on; docs/calibration.md says what each part buys."""
 
+WEIGHTS_ONLY = replace(STRONG, activations=8)
+"""What integer hardware gains from: activations are computed on as 8 bits anyway, weights of few bits save memory."""
 
 ADALOG = Preparation(("repq",), softmax="log2", families=(("fc2", "adalog"),))
 """AdaLog's base (2407.12951), which LampQ's results were published on, but softmax output in powers of two: no backend
@@ -184,6 +188,17 @@ for _recipe in (
         False,
         "the most accurate: rewrites, tables, LampQ's allocation on measured errors, compensated errors",
         STRONG,
+        compensate=True,
+    ),
+    Recipe(
+        "lampq+w",
+        "output-error",
+        ("fisher-output", "fisher-context"),
+        "milp",
+        True,
+        False,
+        "lampq+ for the weights alone: all activations have 8 bits",
+        WEIGHTS_ONLY,
         compensate=True,
     ),
     Recipe(

@@ -100,3 +100,20 @@ def test_floating_point_layers_take_the_rewritten_weight() -> None:
     mixed = replace(plan, sites=sites, edits=edits)
     with torch.inference_mode():
         assert distance(lampq_rt.compile(model, mixed)(images), model(images)) < 0.1
+
+
+def test_weights_alone_have_few_bits_where_activations_have_eight() -> None:
+    model = tiny_vit(depth=2)
+    images = images_for(model)
+    calibration = calibrate(model, images)
+    plan, tied = (calibration.plan(Budget(mean_bits=3), name) for name in ("lampq+w", "lampq+"))
+    for name, params in plan.sites.items():
+        widths = {operand: fmt.bits for operand, fmt in params.formats.items()}
+        assert set(widths.values()) - {widths.get("weight", 8)} <= {8}, (name, widths)
+        assert all(fmt.scheme in ("uniform", "rowmax") for fmt in params.formats.values()), name
+    assert plan.mean_bits <= 3.0 and plan.provenance["recipe"]["preparation"]["activations"] == 8
+    assert "activations" not in tied.provenance["recipe"]["preparation"]
+    with torch.inference_mode():
+        exact = model(images)
+        wide, narrow = (distance(lampq_rt.compile(model, p)(images), exact) for p in (plan, tied))
+    assert wide < 0.8 * narrow
