@@ -301,7 +301,9 @@ def test_what_the_interpreter_runs_compiles(arch: str, group: str) -> None:
     assert launches
     for launch in {shape_of(launch): launch for launch in launches}.values():
         made = offline.compile_launch(launch)
-        assert launch.name != "attention_kernel" or made.byte_accesses + made.byte_shared_stores == 0, launch
+        looks_up = launch.signature.get("table_ptr", "constexpr") != "constexpr"
+        wide = made.byte_accesses + made.byte_shared_stores == 0
+        assert launch.name != "attention_kernel" or looks_up or wide, launch
 
 
 def test_the_report_counts_and_predicts() -> None:
