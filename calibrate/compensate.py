@@ -12,8 +12,8 @@ The regression aims at what this site would give without its own quantisation, n
 output: the errors gathered before it look like noise to it, against which least squares can only shrink the weight,
 and twelve blocks of shrunken outputs are worse than the noise (tried: KL 0.9 instead of 0.5 on DeiT-Tiny at 4 bits).
 
-Of a site's inputs those of 32 images are held at a time; more wait on disk, and moments are summed. Between sites only
-the two residual streams stay.
+Of a site's inputs those of 32 images are held at a time; more wait on disk, and moments are summed. Between sites
+only the two residual streams stay.
 """
 
 from __future__ import annotations
