@@ -65,7 +65,7 @@ def finished(
     model: nn.Module,
     sites: Mapping[str, SiteParams],
     recipe: Recipe,
-    material: Material,
+    material: Material = NO_MORE,
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
     """Sites and edits of a plan whose formats are decided: `sites` as they are, or compensated.
 
@@ -102,7 +102,7 @@ def _reconstructed(
     sites: Mapping[str, SiteParams],
     biases: Mapping[str, Tensor],
     recipe: Recipe,
-    material: Material,
+    material: Material = NO_MORE,
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
     """Sites and edits after training."""
     device = next(measurements.simulation.parameters()).device
