@@ -102,7 +102,7 @@ def _reconstructed(
     sites: Mapping[str, SiteParams],
     biases: Mapping[str, Tensor],
     recipe: Recipe,
-    material: Material = NO_MORE,
+    material: Material,
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
     """Sites and edits after training."""
     device = next(measurements.simulation.parameters()).device

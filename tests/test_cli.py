@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from lampq_rt import models
+from lampq_rt import Plan, models
+from lampq_rt.calibrate import RECIPES, reconstruct
+from lampq_rt.calibrate.reconstruct import Schedule
 from lampq_rt.cli import main
 from lampq_rt.errors import ModelError
 
@@ -90,6 +93,32 @@ def test_calibrate_again_gives_the_same_plan_and_says_that_images_are_few(bench)
         bench.labels, "--recipe", "uniform", "--out", bench.root / "few.plan",
     )  # fmt: skip
     assert "holds 6 images, fewer than the 32 asked for" in result.stderr
+
+
+def test_a_training_that_was_interrupted_goes_on_with_the_same_command(bench, monkeypatch):
+    monkeypatch.setattr(reconstruct, "KEEP_EVERY", 2)
+    short = replace(RECIPES.get("lampq+rec"), name="short", schedule=Schedule(steps=4, batch=3))
+    monkeypatch.setitem(RECIPES._entries, "short", short)
+    plans = [bench.root / "whole.plan", bench.root / "interrupted.plan"]
+    command = ["calibrate", MODEL, "--weights", bench.weights, "--images", bench.images, "--mean-bits", 4,
+               "--recipe", "short", "--calib-images", 4, "--train-images", 6, "--out"]  # fmt: skip
+    succeed(*command, plans[0])
+    state = bench.root / "interrupted.plan.training"
+    loss, calls = reconstruct._loss, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(reconstruct, "_loss", interrupted)
+    assert run(*command, plans[1]).exit_code != 0
+    assert state.exists() and not plans[1].exists()
+    monkeypatch.setattr(reconstruct, "_loss", loss)
+    succeed(*command, plans[1])
+    assert not state.exists()
+    assert Plan.load(plans[0]).digest == Plan.load(plans[1]).digest
 
 
 def test_compile(bench):
