@@ -24,7 +24,7 @@ from lampq_rt.calibrate.allocate import ALLOCATORS, Problem
 from lampq_rt.calibrate.costs import COSTS, Budget, Cost, edges_of
 from lampq_rt.calibrate.costs.timed import TimedCosts
 from lampq_rt.calibrate.distributed import SINGLE, Shard
-from lampq_rt.calibrate.evidence import Measurements, SearchEvidence, resolve_device
+from lampq_rt.calibrate.evidence import Measurements, SearchEvidence, check_images, resolve_device
 from lampq_rt.calibrate.metrics import PENALTIES, Score
 from lampq_rt.calibrate.prepare import NO_MORE, Material, finished, prepared
 from lampq_rt.calibrate.progress import Report, reporting
@@ -171,6 +171,8 @@ class Calibration:
             shard=shard,
             preparation=preparation,
         )
+        if material.images is not None:
+            check_images(material.images, self.measurements.simulation)
         self._prepared: dict[Preparation, Calibration] = {preparation: self}
         self.description = self.measurements.description
         self.costs: dict[str, Cost] = {unit: COSTS.get(unit)(model, self.description) for unit in COSTS}

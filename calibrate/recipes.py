@@ -105,7 +105,7 @@ class Recipe:
     description: str
     preparation: Preparation = PLAIN
     compensate: bool = False
-    schedule: Schedule = Schedule(steps=0)
+    schedule: Schedule = Schedule()
 
     def __post_init__(self) -> None:
         if self.compensate and self.preparation.families:

@@ -28,6 +28,7 @@ from lampq_rt.calibrate.observe import Progress
 from lampq_rt.calibrate.resume import Resume
 from lampq_rt.calibrate.straight_through import LearningLinear, learning
 from lampq_rt.channels import scaled_weight
+from lampq_rt.errors import DataError
 from lampq_rt.plan import SiteParams, update_digest, weights_digest
 from lampq_rt.simulate import Simulation
 
@@ -100,7 +101,7 @@ def reconstruct(
         Sites that learned, and fp32 parameters by name (norms and biases).
 
     Raises:
-        DataError: `resume` is the state of other work, or cannot be written.
+        DataError: `resume` is the state of other work, or cannot be written; the loss is not finite.
     """
     state, exact = Resume(resume), copy.deepcopy(model).float().eval().requires_grad_(False).to(images.device)
     digest = _digest(quantised, exact, images, schedule, seed)
@@ -121,6 +122,9 @@ def reconstruct(
         optimiser.zero_grad(set_to_none=True)
         for part in seen.split(GRAPH):
             loss = _loss(exact, quantised.model, part, schedule) * len(part) / len(seen)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise DataError(f"the training diverged: its loss is {value} at step {step + 1}; choose more bits")
             loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         if (step + 1) % KEEP_EVERY == 0 and step + 1 < schedule.steps:
@@ -185,18 +189,15 @@ def _start_near(linears: Mapping[str, LearningLinear], exact: nn.Module, edge: f
 
 def _rest(model: nn.Module) -> dict[str, nn.Parameter]:
     """Norms and biases, by their names in the model that plans edit."""
-    named = dict(model.named_parameters())
-    own = {f"{name}.{leaf}" for name, m in model.named_modules() if isinstance(m, LearningLinear) for leaf in _OWN}
-    norms = {f"{name}.{leaf}" for name, m in model.named_modules() if isinstance(m, nn.LayerNorm) for leaf in _NORM}
-    biases = {name for name in own if name.endswith(".bias")}
-    found = {name: parameter for name, parameter in named.items() if name in norms | biases}
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            found.update({f"{name}.{leaf}": parameter for leaf, parameter in module.named_parameters()})
+        elif isinstance(module, LearningLinear) and module.bias is not None:
+            found[f"{name}.bias"] = module.bias
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found
-
-
-_OWN = ("codes", "log_weight_step", "log_input_step", "bias")
-_NORM = ("weight", "bias")
 
 
 def _groups(

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 import lampq_rt
 from lampq_rt.calibrate import RECIPES, Budget, Material, calibrate
@@ -22,23 +21,15 @@ from lampq_rt.errors import DataError
 from lampq_rt.evaluate import kl_divergence
 from lampq_rt.plan import Plan, SiteParams
 from lampq_rt.simulate import Simulation, simulate
+from tests.plans import tiny_vit
 
 BITS = 3
 SCHEDULE = Schedule(steps=30, batch=16, codes=0.02)
 
 
-def build() -> VisionTransformer:
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "num_heads": 2, "num_classes": 10}
-    model = VisionTransformer(embed_dim=32, depth=2, **sizes).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(2.0)
-    return model
-
-
 @pytest.fixture(scope="module")
-def model() -> VisionTransformer:
-    return build()
+def model() -> nn.Module:
+    return tiny_vit(embed_dim=32)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +38,11 @@ def images() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def plan(model: VisionTransformer, images: Tensor) -> Plan:
+def plan(model: nn.Module, images: Tensor) -> Plan:
     return calibrate(model, images[:16]).plan(Budget(mean_bits=BITS), "uniform")
 
 
-def start(model: VisionTransformer, plan: Plan) -> Simulation:
+def start(model: nn.Module, plan: Plan) -> Simulation:
     """A simulation that may be used up; the plan's codes are spelt out, as a compensated plan's are."""
     from lampq_rt.modules import weight_codes
 
@@ -66,16 +57,14 @@ def start(model: VisionTransformer, plan: Plan) -> Simulation:
     return simulation
 
 
-def test_a_model_that_can_learn_is_the_same_model(model: VisionTransformer, plan: Plan, images: Tensor) -> None:
+def test_a_model_that_can_learn_is_the_same_model(model: nn.Module, plan: Plan, images: Tensor) -> None:
     wanted = start(model, plan)(images[:4])
     simulation = start(model, plan)
     learning(simulation)
     torch.testing.assert_close(simulation(images[:4]), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_reach_everything_and_a_step_follows_them(
-    model: VisionTransformer, plan: Plan, images: Tensor
-) -> None:
+def test_gradients_reach_everything_and_a_step_follows_them(model: nn.Module, plan: Plan, images: Tensor) -> None:
     simulation = start(model, plan)
     linears = learning(simulation)
     for linear in linears.values():
@@ -87,7 +76,7 @@ def test_gradients_reach_everything_and_a_step_follows_them(
             assert float(parameter.grad.abs().sum()) > 0, (name, leaf)
 
 
-def test_the_step_of_an_input_has_the_gradient_of_lsq(model: VisionTransformer, plan: Plan) -> None:
+def test_the_step_of_an_input_has_the_gradient_of_lsq(model: nn.Module, plan: Plan) -> None:
     simulation = start(model, plan)
     linear = learning(simulation)["blocks.0.attn.qkv"]
     x = torch.randn(2, 5, 32) * 3
@@ -106,7 +95,7 @@ def test_the_step_of_an_input_has_the_gradient_of_lsq(model: VisionTransformer, 
 
 
 def test_training_brings_the_model_nearer_on_images_it_has_not_seen(
-    model: VisionTransformer, plan: Plan, images: Tensor
+    model: nn.Module, plan: Plan, images: Tensor
 ) -> None:
     seen, others = images[:32], images[32:]
     with torch.no_grad():
@@ -119,14 +108,14 @@ def test_training_brings_the_model_nearer_on_images_it_has_not_seen(
 
 
 def reconstruct_now(
-    model: VisionTransformer, plan: Plan, images: Tensor, resume: Path | None = None
+    model: nn.Module, plan: Plan, images: Tensor, resume: Path | None = None
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
     with torch.enable_grad():
         return reconstruct(model, start(model, plan), images, SCHEDULE, resume=resume)
 
 
 def test_a_training_that_was_stopped_goes_on(
-    model: VisionTransformer, plan: Plan, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, plan: Plan, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parameters = reconstruct_now(model, plan, images)
     monkeypatch.setattr(training, "KEEP_EVERY", 10)
@@ -151,7 +140,7 @@ def test_a_training_that_was_stopped_goes_on(
 
 
 def test_a_state_of_other_work_is_refused(
-    model: VisionTransformer, plan: Plan, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, plan: Plan, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "KEEP_EVERY", 10)
     state = tmp_path / "state"
@@ -172,7 +161,7 @@ def test_changed_images_stay_images() -> None:
 
 
 def test_a_recipe_that_trains_compiles_and_serves_what_was_simulated(
-    model: VisionTransformer, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe: Recipe = replace(RECIPES.get("lampq+rec"), name="short training", schedule=replace(SCHEDULE, steps=4))
     monkeypatch.setitem(RECIPES._entries, recipe.name, recipe)
@@ -183,3 +172,15 @@ def test_a_recipe_that_trains_compiles_and_serves_what_was_simulated(
         a, b, exact = served(images), simulated(images), model(images)
     assert float((a - b).square().mean().sqrt()) < 0.3 * float((b - exact).square().mean().sqrt())
     assert plan.provenance["recipe"]["schedule"]["steps"] == 4
+
+
+def test_images_to_train_on_are_checked_like_the_others(model: nn.Module, images: Tensor) -> None:
+    broken = images.clone()
+    broken[3, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="number 3 is not finite"):
+        calibrate(model, images[:16], material=Material(broken))
+
+
+def test_a_training_that_diverges_says_so(model: nn.Module, plan: Plan, images: Tensor) -> None:
+    with pytest.raises(DataError, match="diverged: its loss is .* at step 1"):
+        reconstruct(model, start(model, plan), images * 1e30, SCHEDULE)
