@@ -182,7 +182,6 @@ class _Cut:
         self.input, self.extra = x, extra
         with torch.no_grad():
             self.output = self.run(x, **extra)
-        trim()
         return self.output.requires_grad_(True)
 
     def graph(self) -> tuple[Tensor, Tensor]:
@@ -239,7 +238,8 @@ def _one(
         gradients = _back([y] * len(gradients), x, gradients)
         if before is not source:
             gradients = _back([before] * len(gradients), source, gradients)
-        trim()
+        if place == len(blocks) // 2:  # at every block it would take less memory, and half as long again
+            trim()
     _end(gathered, number)
     for name, one in gathered.items():
         if one.open:
