@@ -125,6 +125,7 @@ class Measurements:
             self.images,
             names,
             blocks=self.blocks,
+            prefix=getattr(self.simulation.model, "num_prefix_tokens", 0),
             labels=self.labels,
             seed=self.seed,
             progress=lambda d, n: self.report("Fisher information", d, n),
