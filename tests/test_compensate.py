@@ -42,8 +42,8 @@ def outputs(simulation: Simulation, site: str, images: Tensor) -> Tensor:
 @torch.inference_mode()
 def test_it_beats_rounding_each_layer_alone() -> None:
     model = tiny_vit(depth=3)
-    images = images_for(model, 16)
-    others = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+    images = images_for(model, 32)
+    others = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(7))
     calibration = calibrate(model, images)
     plain, strong = (calibration.plan(Budget(mean_bits=4), name) for name in ("uniform", "fast"))
     errors = [distance(lampq_rt.compile(model, p)(others), model(others)) for p in (plain, strong)]
