@@ -125,6 +125,7 @@ class Measurements:
             self.images,
             names,
             blocks=self.blocks,
+            prefix=getattr(self.simulation.model, "num_prefix_tokens", 0),
             labels=self.labels,
             seed=self.seed,
             progress=lambda d, n: self.report("Fisher information", d, n),
@@ -325,7 +326,7 @@ def check_images(images: Tensor, simulation: Simulation) -> Tensor:
     finite = images.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         raise DataError(f"calibration image number {int((~finite).nonzero()[0])} is not finite (NaN or infinity)")
-    images = images.detach().float()
+    images = (images.clone() if images.is_inference() else images.detach()).float()
     try:
         simulation(images[:1].to(next(simulation.parameters()).device))
     except (AssertionError, RuntimeError, ValueError) as error:  # what torch and timm raise for a wrong shape

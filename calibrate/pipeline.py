@@ -139,8 +139,12 @@ def calibrate(
 
 
 class Calibration:
-    """One model with its calibration images. Made by `calibrate`; `plan` measures what is missing and keeps it."""
+    """One model with its calibration images. Made by `calibrate`; `plan` measures what is missing and keeps it.
 
+    Both work where the caller runs in inference mode: gradients are asked for all the same.
+    """
+
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -184,6 +188,7 @@ class Calibration:
         self._evidence: dict[tuple[str, int], SearchEvidence] = {}
         self._scores: dict[tuple[str, str, int], Score] = {}
 
+    @torch.inference_mode(False)
     def plan(self, budget: Budget, recipe: str = "lampq") -> Plan:
         """The plan of that recipe under `budget`.
 

@@ -134,6 +134,7 @@ def _best_compensated(
     options = [dict(sites)]
     if any("input" in p.formats and p.formats["input"].granularity == "channel" for p in sites.values()):
         options.append({name: _by_tensor(params) for name, params in sites.items()})
+    shares = {site.name: measurements.fisher[site.name].prefix for site in measurements.linears}
     least, kept, best = math.inf, Shelf(), dict[str, Tensor]()
     for number, option in enumerate(options):
         measurements.simulation.reset()
@@ -143,7 +144,13 @@ def _best_compensated(
             measurements.report("compensating errors", before * total + done, len(options) * total)
 
         found, biases = compensate(
-            measurements.simulation, quantised, images, option, seed=measurements.seed, progress=report
+            measurements.simulation,
+            quantised,
+            images,
+            option,
+            prefix_shares=shares,
+            seed=measurements.seed,
+            progress=report,
         )
         if len(options) == 1:
             return found, biases

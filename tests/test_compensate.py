@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 import lampq_rt
 from lampq_rt import Plan
+from lampq_rt.backends import formats
 from lampq_rt.calibrate import RECIPES, Budget, calibrate
-from lampq_rt.simulate import simulate
+from lampq_rt.calibrate.compensate import compensate
+from lampq_rt.plan import SiteParams
+from lampq_rt.simulate import Simulation, simulate
 from tests.plans import VARIANTS, tiny_vit
 
 STRONG = [name for name in RECIPES if RECIPES.get(name).compensate]
@@ -27,11 +30,20 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def outputs(simulation: Simulation, site: str, images: Tensor) -> Tensor:
+    """What the site gives while the model runs."""
+    seen: list[Tensor] = []
+    handle = simulation.module(site).register_forward_hook(lambda m, i, out: seen.append(out))
+    simulation(images)
+    handle.remove()
+    return seen[0]
+
+
 @torch.inference_mode()
 def test_it_beats_rounding_each_layer_alone() -> None:
     model = tiny_vit(depth=3)
-    images = images_for(model, 16)
-    others = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+    images = images_for(model, 32)
+    others = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(7))
     calibration = calibrate(model, images)
     plain, strong = (calibration.plan(Budget(mean_bits=4), name) for name in ("uniform", "fast"))
     errors = [distance(lampq_rt.compile(model, p)(others), model(others)) for p in (plain, strong)]
@@ -78,6 +90,20 @@ def test_equal_work_gives_equal_plans(recipe: str) -> None:
     images = images_for(model)
     first, second = (calibrate(model, images, seed=3).plan(Budget(mean_bits=4), recipe) for _ in range(2))
     assert first.digest == second.digest and first.diff(second) == []
+
+
+def test_rows_count_what_their_gradients_say() -> None:
+    """With nearly all of the say, the class token's error becomes least; with nearly none, the patches'."""
+    model = tiny_vit(depth=1)
+    images = images_for(model, 16)
+    sites = {s.name: SiteParams(s.kind, formats(s.kind, 2), {}, s.params) for s in Simulation(model).description.sites}
+    fc1, errors = "blocks.0.mlp.fc1", {}
+    for share in (0.0, 1.0):
+        exact, quantised = Simulation(model), Simulation(model)
+        compensate(exact, quantised, images, sites, prefix_shares={fc1: share})
+        error = (outputs(quantised, fc1, images) - outputs(exact, fc1, images)).square().sum(-1).mean(0)
+        errors[share] = float(error[0]), float(error[1:].mean())
+    assert errors[1.0][0] < errors[0.0][0] and errors[1.0][1] > errors[0.0][1]
 
 
 def test_floating_point_layers_take_the_rewritten_weight() -> None:
