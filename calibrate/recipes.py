@@ -15,8 +15,8 @@ SOFTMAX: dict[str, tuple[tuple[str, int], ...]] = {
     "log2": (("log2", 4),),
     "cubic": (("log2", 3), ("cubic", 7)),
 }
-"""What a preparation may ask for softmax output: schemes with the width that each serves up to; "rowmax" beyond. With 2
-or 3 bits powers of two are nearer than cubes (docs/numerics.md)."""
+"""What a preparation may ask for softmax output: schemes with the width that each serves up to; "rowmax" beyond. Of 3
+bits powers of two are nearer than cubes, of 2 neither is nearer everywhere (docs/numerics.md)."""
 
 
 @dataclass(frozen=True)
