@@ -2,8 +2,8 @@
 
 The codes are of t = e^(1/3), where e = exp2(logit - rowmax) in (0, 1] are the unnormalised exponentials: code =
 rne(n t) with n = 2^bits - 1, value rne(255 (code / n)^3) / 255. So steps are fine where most weights of a row lie, near
-0, as with a compander in telephony, and what multiplies v is an unsigned byte whatever the width: one integer matmul,
-where `log2` of 4 bits needs two on a CPU. There is nothing to calibrate.
+0, as with a compander in telephony; PowerQuant (2301.09858) searches such exponents. What multiplies v is an unsigned
+byte whatever the width: one integer matmul, where `log2` of 4 bits needs two on a CPU. There is nothing to calibrate.
 """
 
 from __future__ import annotations
