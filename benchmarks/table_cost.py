@@ -1,4 +1,4 @@
-"""What levels from a table, and softmax in powers of two, cost when a model runs: 4-bit plans beside W8A8.
+"""What levels from a table, and non-uniform softmax output, cost when a model runs: 4-bit plans beside W8A8.
 
     python -m benchmarks.table_cost [--model NAME] [--batch 1 --batch 8] [--rounds 15] [--threads 1]
 
@@ -37,13 +37,17 @@ console = Console(highlight=False)
 
 
 def plans(model: nn.Module, images: Tensor) -> dict[str, Plan]:
-    """W8A8, and 4 bits with tables before the blocks' linears, with softmax in either scheme."""
+    """W8A8, and 4 bits with tables before the blocks' linears, with softmax in every scheme."""
     narrow = stand_in_plan(model, images, {"default": BITS, "head": 8, "patch_embed": 8}, input_bits=8)
     tables = narrow.with_sites({name: _with_table(p) for name, p in narrow.sites.items()})
-    powers = Format(BITS, "log2", "row", True)
-    pv = {name: p for name, p in tables.sites.items() if p.kind is Kind.PV}
-    log2 = tables.with_sites({name: replace(p, formats={**p.formats, "p": powers}) for name, p in pv.items()})
-    return {BASE: stand_in_plan(model, images, 8), "tables": tables, "tables, log2": log2}
+    found = {BASE: stand_in_plan(model, images, 8), "tables": tables}
+    return found | {f"tables, {scheme}": _with_softmax(tables, scheme) for scheme in ("log2", "cubic")}
+
+
+def _with_softmax(plan: Plan, scheme: str) -> Plan:
+    """The plan with its softmax output in that scheme."""
+    p, pv = Format(BITS, scheme, "row", True), {n: s for n, s in plan.sites.items() if s.kind is Kind.PV}
+    return plan.with_sites({name: replace(site, formats={**site.formats, "p": p}) for name, site in pv.items()})
 
 
 def _with_table(params: SiteParams) -> SiteParams:

@@ -25,7 +25,6 @@ from lampq_rt.calibrate.spill import Lazy, Shelf
 from lampq_rt.calibrate.steps import step_table
 from lampq_rt.errors import BackendError, DataError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, TABLE_BITS
-from lampq_rt.kernels.reference import MAX_LOG2_BITS
 from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
@@ -362,7 +361,6 @@ def _styled(site: Site, formats: backends.Formats, preparation: Preparation) -> 
     width = _width(formats)
     if width == FLOAT_BITS:
         return formats
-    softmax = preparation.softmax if width <= MAX_LOG2_BITS else "rowmax"
     granularity = preparation.fc2_input if site.kind is Kind.FC2 else "tensor"
     input_bits = preparation.activations
     scheme = preparation.scheme_of(site.kind) if (input_bits or width) in TABLE_BITS else "uniform"
@@ -370,7 +368,7 @@ def _styled(site: Site, formats: backends.Formats, preparation: Preparation) -> 
         site.kind,
         width,
         input_bits=input_bits,
-        p_scheme=softmax,
+        p_scheme=preparation.softmax_at(width),
         input_granularity=granularity,
         input_scheme=scheme,
     )

@@ -10,6 +10,14 @@ from lampq_rt.calibrate.reconstruct import Schedule
 from lampq_rt.registry import Registry
 from lampq_rt.sites import Kind
 
+SOFTMAX: dict[str, tuple[tuple[str, int], ...]] = {
+    "rowmax": (),
+    "log2": (("log2", 4),),
+    "cubic": (("log2", 3), ("cubic", 7)),
+}
+"""What a preparation may ask for softmax output: schemes with the width that each serves up to; "rowmax" beyond. Of 3
+bits powers of two are nearer than cubes, of 2 neither is nearer everywhere (docs/numerics.md)."""
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -17,7 +25,7 @@ class Preparation:
 
     Attributes:
         rewrites: names of function-preserving rewrites (`calibrate/transforms`), in this order.
-        softmax: scheme of softmax output of at most 4 bits: "rowmax" or "log2".
+        softmax: scheme of softmax output where its width allows, a name of `SOFTMAX`; `softmax_at` says which it is.
         fc2_input: "tensor" or "channel": what shares a step of the input of fc2.
         scheme: of the inputs of the blocks' linears at 2..7 bits: "uniform" or "table".
         families: kinds of the blocks' linears whose inputs have tables whatever `scheme` says, each with the family of
@@ -36,9 +44,15 @@ class Preparation:
     activations: int | None = None
 
     def __post_init__(self) -> None:
+        if self.softmax not in SOFTMAX:
+            raise ValueError(f"softmax {self.softmax!r}; allowed: {', '.join(SOFTMAX)}")
         unknown = {kind for kind, _ in self.families} - set(map(str, TABLE_KINDS))
         if unknown:
             raise ValueError(f"families of levels for {sorted(unknown)}; allowed: {', '.join(sorted(TABLE_KINDS))}")
+
+    def softmax_at(self, bits: int) -> str:
+        """Scheme of softmax output of that width."""
+        return next((scheme for scheme, widest in SOFTMAX[self.softmax] if bits <= widest), "rowmax")
 
     def family(self, kind: Kind) -> str:
         """Family of the levels where inputs of that kind have tables."""

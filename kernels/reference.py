@@ -25,8 +25,9 @@ FLOAT_BITS = 16
 NIBBLE_GROUP = 64
 """Channels of K that share 32 bytes: byte j holds channel j (low nibble) and channel j + 32 (high nibble)."""
 
-MAX_LOG2_BITS = 4
-"""Width up to which codes of P may be powers of two: 2^0 ... 2^-15 and an int8 v are exact in fp16."""
+SOFTMAX_BITS = {"rowmax": 8, "log2": 4, "cubic": 7}
+"""Schemes of P and the widest codes of each: 2^0 ... 2^-15 of "log2" and an int8 v are exact in fp16, and weights of
+"cubic" lie on a grid of 8 bits."""
 
 TOKEN_PAD = 16
 """Rows of v^T are padded with zeros to a multiple of this many tokens."""
@@ -296,38 +297,46 @@ def _quantize_heads(
 
 
 def softmax_unit(p_bits: int, p_scheme: str) -> float:
-    """What the weight 1 of a row's maximum becomes in the integers that multiply v: "rowmax" 2^b-1, "log2" 2^(2^b-1).
+    """What the weight 1 becomes in the integers that multiply v: "rowmax" 2^b-1, "log2" 2^(2^b-1), "cubic" 2^8-1.
 
     Raises:
-        ValueError: unknown scheme, or "log2" with more than 4 bits.
+        ValueError: unknown scheme, or more bits than it has.
     """
-    if p_scheme == "rowmax":
-        return float((1 << p_bits) - 1)
-    if p_scheme != "log2":
-        raise ValueError(f"softmax codes of scheme {p_scheme!r}; allowed: rowmax, log2")
-    if p_bits > MAX_LOG2_BITS:
-        raise ValueError(f"log2 softmax codes of {p_bits} bits; allowed: at most {MAX_LOG2_BITS}")
-    return float(1 << ((1 << p_bits) - 1))
+    if p_scheme not in SOFTMAX_BITS:
+        raise ValueError(f"softmax codes of scheme {p_scheme!r}; allowed: {', '.join(SOFTMAX_BITS)}")
+    if p_bits > SOFTMAX_BITS[p_scheme]:
+        raise ValueError(f"{p_scheme} softmax codes of {p_bits} bits; allowed: at most {SOFTMAX_BITS[p_scheme]}")
+    if p_scheme == "log2":
+        return float(1 << ((1 << p_bits) - 1))
+    return float((1 << (8 if p_scheme == "cubic" else p_bits)) - 1)
 
 
 def softmax_weights(shifted: Tensor, e: Tensor, p_bits: int, p_scheme: str) -> Tensor:
     """fp32 integers that multiply v, in units of 1 / `softmax_unit` (rule 7).
 
-    "log2" is the quantiser of FQ-ViT (2111.13824), RepQ-ViT (2212.08254) and AdaLog (2407.12951) at base 2:
-    code = rne(-log2 e), weight 2^-code, and 0 where the code is 2^b or more. The logit below its row's maximum is
-    log2 e, so no logarithm is taken and every backend gets the same code.
+    "log2": code = rne(-log2 e), weight 2^-code, and 0 where the code is 2^b or more. The logit below its row's maximum
+    is log2 e, so no logarithm is taken and every backend gets the same code. "cubic": the code is of e^(1/3), the
+    weight its cube, see `cube_weights`.
 
     Args:
         shifted: logits in powers of two less their row's maximum, fp32.
         e: exp2(shifted).
         p_bits: bits of a code.
-        p_scheme: "rowmax" or "log2".
+        p_scheme: of `SOFTMAX_BITS`.
     """
     unit = softmax_unit(p_bits, p_scheme)
     if p_scheme == "rowmax":
         return (e * unit).round()
+    if p_scheme == "cubic":
+        top = (1 << p_bits) - 1
+        return cube_weights((torch.exp2(shifted * (1 / 3)) * top).round(), top)
     code = shifted.neg().round()
     return torch.where(code < 1 << p_bits, unit * torch.exp2(-code), 0.0)
+
+
+def cube_weights(codes: Tensor, top: int) -> Tensor:
+    """fp32 rne(code^3 * (255 / top^3)), 0..255, of fp32 codes 0..top; the cube is exact, its factor rounded to fp32."""
+    return (codes * codes * codes * (255 / top**3)).round()
 
 
 def attention(
@@ -353,8 +362,7 @@ def attention(
         logit_scale: fp32 [H], q_scale * k_scale * log2(e) / sqrt(d).
         v_scale: fp32 [H].
         p_bits: bits of the codes of the unnormalised softmax.
-        p_scheme: what those codes mean: "rowmax" (the row's maximum has the top code) or "log2" (powers of two, at
-            most 4 bits).
+        p_scheme: what those codes mean, see `softmax_weights`.
         out_inv_scale: 1/step of the result's codes; ignored for `out_bits` = 16.
         out_zero_point: of the signed code.
         out_bits: 2..8 for codes, 16 for floating point.

@@ -8,7 +8,7 @@ import torch
 
 from lampq_rt.errors import BackendError, FormatError
 from lampq_rt.formats import FLOAT, FLOAT_BITS, INTEGER_BITS, SOFTMAX_SCHEMES, Format
-from lampq_rt.kernels.reference import MAX_LOG2_BITS
+from lampq_rt.kernels.reference import SOFTMAX_BITS
 from lampq_rt.sites import BLOCK_LINEARS, Kind, Site
 
 TARGETS = ("any", "cpu", "cuda")
@@ -36,7 +36,7 @@ def formats(
         kind: the site's kind.
         bits: 2..8, or 16 for floating point.
         input_bits: width of a linear's input where it differs from the weight's. A patch embedding's is 8 by default.
-        p_scheme: of softmax output: "rowmax", or "log2", which has at most 4 bits.
+        p_scheme: of softmax output: "rowmax", "log2", which has at most 4 bits, or "cubic", at most 7.
         input_granularity: of a linear's input: "tensor", or "channel", which fc2 has alone: GELU of fc1 makes its
             codes, where a step a column costs nothing.
         input_scheme: of a linear's input: "uniform", or "table", which the blocks' linears have, at 2..7 bits.
@@ -69,8 +69,8 @@ def formats(
 def _softmax_format(bits: int, scheme: str) -> Format:
     if scheme not in SOFTMAX_SCHEMES:
         raise FormatError(f"scheme {scheme!r} of softmax output; allowed: {', '.join(SOFTMAX_SCHEMES)}")
-    if scheme == "log2" and bits > MAX_LOG2_BITS:
-        raise FormatError(f"log2 softmax output of {bits} bits; allowed: 2..{MAX_LOG2_BITS}")
+    if bits > SOFTMAX_BITS[scheme]:
+        raise FormatError(f"{scheme} softmax output of {bits} bits; allowed: 2..{SOFTMAX_BITS[scheme]}")
     return Format(bits, scheme, "row", True)
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lampq_rt.errors import FormatError
+from lampq_rt.kernels.reference import SOFTMAX_BITS
 
 FLOAT_BITS = 16
 """The width that stands for "left in floating point" (fp16/bf16 on a GPU, fp32 on a CPU)."""
@@ -13,7 +14,7 @@ FLOAT_BITS = 16
 INTEGER_BITS = tuple(range(2, 9))
 """Widths of integer codes that every backend stores and computes with."""
 
-SOFTMAX_SCHEMES = ("rowmax", "log2")
+SOFTMAX_SCHEMES = tuple(SOFTMAX_BITS)
 """Schemes of softmax output. Their steps are fixed, so a plan holds none."""
 
 TABLE_BITS = INTEGER_BITS[:-1]
@@ -29,9 +30,9 @@ class Format:
     Attributes:
         bits: width of a code, 2..8, or 16 for floating point.
         scheme: name of the quantizer (`lampq_rt.quantizers`): "uniform"; "table" for inputs of blocks' linears whose
-            levels lie anywhere on the 8-bit grid (docs/numerics.md, "Tables"), 2..7 bits; "rowmax" for softmax output
-            whose row maximum has the top code, "log2" for softmax output in powers of two (rule 7); "float" for 16
-            bits.
+            levels lie anywhere on the 8-bit grid (docs/numerics.md, "Tables"), 2..7 bits; of softmax output (rule 7)
+            "rowmax", where the row's maximum has the top code, "log2", powers of two, at most 4 bits, and "cubic",
+            codes of the cube root, at most 7; "float" for 16 bits.
         granularity: what shares one step: "tensor", "head", "channel" (output channel of a weight; input channel of
             fc2, docs/numerics.md) or "row".
         symmetric: True where the zero-point is 0.

@@ -20,6 +20,9 @@ LATENCY_ROUNDS = 5
 PACKED_BITS = 4
 """Codes of at most so many bits lie two to a byte on a GPU (docs/numerics.md)."""
 
+SOFTMAX_LETTERS = {"log2": "l", "cubic": "c"}
+"""Schemes of softmax output that run other instructions than "rowmax", for `latency_class`."""
+
 LatencyOf = Callable[[Plan], float]
 """Milliseconds of a plan; measured here (`MeasuredLatency`), or predicted from a table."""
 
@@ -169,5 +172,5 @@ def latency_class(plan: Plan, device: str) -> str:
     for params in plan.sites.values():
         for _, fmt in sorted(params.formats.items()):
             narrow = fmt.bits <= PACKED_BITS and device != "cpu"
-            letters.append("f" if fmt.is_float else "l" if fmt.scheme == "log2" else "4" if narrow else "8")
+            letters.append("f" if fmt.is_float else SOFTMAX_LETTERS.get(fmt.scheme, "4" if narrow else "8"))
     return "".join(letters)

@@ -100,9 +100,9 @@ def table_plan(plan: Plan, bits: int, kinds: tuple[Kind, ...] = (Kind.FC2, Kind.
     return plan.with_sites(sites)
 
 
-def log2_plan(plan: Plan, bits: int) -> Plan:
-    """`plan` with every integer P in log2 codes of that many bits."""
-    fmt = Format(bits, "log2", "row")
+def softmax_plan(plan: Plan, bits: int, scheme: str) -> Plan:
+    """`plan` with every integer P in codes of that scheme and width."""
+    fmt = Format(bits, scheme, "row")
     return plan.with_sites(
         {
             name: replace(params, formats={**params.formats, "p": fmt})

@@ -17,7 +17,7 @@ from lampq_rt.cli import main
 from lampq_rt.errors import DataError
 from lampq_rt.frontier import Point, Sweep, front, table, verdicts
 from lampq_rt.frontier_measure import MeasuredLatency, Recorded, latency_class
-from tests.plans import log2_plan, range_plan, tiny_vit
+from tests.plans import range_plan, softmax_plan, tiny_vit
 
 MODEL = "test_vit"
 
@@ -177,7 +177,8 @@ def test_latency_is_measured_once_a_class(monkeypatch):
     plans = [range_plan(model, images, bits) for bits in (8, 4, {"default": 8, "fc1": 16})]
     assert len({latency_class(p, "cpu") for p in plans}) == 2
     assert len({latency_class(p, "cuda") for p in plans}) == 3
-    assert latency_class(log2_plan(plans[0], 4), "cpu") != latency_class(plans[0], "cpu")
+    schemes = [plans[0], *(softmax_plan(plans[0], 4, scheme) for scheme in ("log2", "cubic"))]
+    assert all(len({latency_class(p, device) for p in schemes}) == 3 for device in ("cpu", "cuda"))
     calls = []
 
     def bench(network, plan, **options):

@@ -47,7 +47,7 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
     for shape in ((2, 197, 3, 64), (1, 49, 2, 48), (1, 577, 1, 72), (2, 5, 1, 80), (3, 1, 2, 8), (1, 9, 2, 7)):
-        for p in ((8, "rowmax"), (4, "log2")):
+        for p in ((8, "rowmax"), (4, "log2"), (4, "cubic")):
             yield "attention", (*attention_case(*shape), *p, 3.0, -4, 8, dtype)
 
 

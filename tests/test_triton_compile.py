@@ -147,9 +147,10 @@ def attention_launches(
 
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
 @pytest.mark.parametrize(("tokens", "head_dim"), [(49, 32), (197, 64), (197, 80), (256, 64), (577, 64), (577, 128)])
-def test_attention(arch: str, tokens: int, head_dim: int) -> None:
+@pytest.mark.parametrize("p", [(8, "rowmax"), (4, "cubic")], ids=["rowmax", "cubic"])
+def test_attention(arch: str, tokens: int, head_dim: int, p: tuple[int, str]) -> None:
     # AMD loads 49 x 32 codes with 256 threads in pieces of 8 bytes.
-    for launch in attention_launches(arch, tokens, head_dim):
+    for launch in attention_launches(arch, tokens, head_dim, p=p):
         check(launch, load=8 if tokens < 64 else 16, store=4 if arch == "gfx942" else 8)
 
 

@@ -218,29 +218,33 @@ def test_heads_quantize_rounds_ties_to_even_and_saturates() -> None:
 
 @pytest.mark.parametrize(("tokens", "head_dim"), cases.ATTENTION)
 def test_attention(tokens: int, head_dim: int) -> None:
-    *coded, rowmax, log2_4, log2_3 = cases.attention_cases(tokens, head_dim)
-    for case in coded:  # a code of P that falls the other way can move its whole row, which is much of a small result
+    every = list(cases.attention_cases(tokens, head_dim))
+    floating = len(cases.FLOAT_SOFTMAX)
+    # A code of P that falls the other way can move its whole row, which is much of a small result.
+    for case in every[:-floating]:
         assert_codes(*both(case), 1e-3 if tokens > 64 else 1e-2)
-    for floating, limit in ((rowmax, 1e-4), (log2_4, 1e-6), (log2_3, 1e-6)):
-        came, wanted = both(floating)
-        # A rowmax code that falls the other way moves a row by 1/255 of a value: compare the spread, not each number.
+    for case, (_, scheme) in zip(every[-floating:], cases.FLOAT_SOFTMAX, strict=True):
+        came, wanted = both(case)
+        # A code that falls the other way moves a row, by 1/255 of a value with rowmax: compare the spread, not each
+        # number. No exponential enters a log2 code.
+        limit = 1e-6 if scheme == "log2" else 1e-4
         assert (came - wanted).pow(2).mean().sqrt() <= limit * wanted.pow(2).mean().sqrt()
 
 
 @pytest.mark.parametrize("tokens", [49, 197, 300])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_log2_codes_on_ties_and_beyond_the_last_code(tokens: int, bits: int) -> None:
+@pytest.mark.parametrize("p", [(2, "log2"), (3, "log2"), (4, "log2"), (2, "cubic"), (4, "cubic"), (7, "cubic")])
+def test_codes_on_ties_and_beyond_the_last_one(tokens: int, p: tuple[int, str]) -> None:
     q = torch.zeros((1, 1, tokens, 32), dtype=torch.int8)
     q[..., 0] = 1
     k = torch.zeros_like(q)
     k[0, 0, :, 0] = -(torch.arange(tokens) % 50).to(torch.int8)  # logits 0, -1/2, -1, …
     v = reference.transpose_v(cases.codes((1, 1, tokens, 32), 8))
-    args = (q, k, v, torch.tensor([0.5]), torch.ones(1), bits, "log2", 1.0, 0, 16, torch.float32)
+    args = (q, k, v, torch.tensor([0.5]), torch.ones(1), *p, 1.0, 0, 16, torch.float32)
     torch.testing.assert_close(TRITON.attention(*args), reference.attention(*args), rtol=1e-5, atol=1e-5)
-    assert [round(i / 2) for i in (1, 3, 5)] == [0, 2, 2], "the row holds ties both ways"
+    assert [round(i / 2) for i in (1, 3, 5)] == [0, 2, 2], "the row holds ties both ways of log2, and n / 2 of cubic"
 
 
-@pytest.mark.parametrize("p", [(8, "rowmax"), (4, "log2")])
+@pytest.mark.parametrize("p", [(8, "rowmax"), (4, "log2"), (4, "cubic")])
 @pytest.mark.parametrize("tokens", [49, 197, 577])
 def test_attention_ignores_what_lies_in_the_padding_of_v(tokens: int, p: tuple[int, str]) -> None:
     q, k, v = (cases.codes((1, 2, tokens, 64), 8, seed=s) for s in range(3))
@@ -260,9 +264,9 @@ def assert_model(model: nn.Module, plan: Plan, images: Tensor) -> None:
     assert (came - wanted).pow(2).mean().sqrt() <= 0.5 * noise
 
 
-@pytest.mark.parametrize(("bits", "input_bits", "log2"), cases.MODELS)
-def test_a_whole_model_runs_on_the_triton_path(bits: cases.Bits, input_bits: int | None, log2: bool) -> None:
-    assert_model(*cases.model_case(bits, input_bits, log2))
+@pytest.mark.parametrize(("bits", "input_bits", "p_scheme"), cases.MODELS)
+def test_a_whole_model_runs_on_the_triton_path(bits: cases.Bits, input_bits: int | None, p_scheme: str) -> None:
+    assert_model(*cases.model_case(bits, input_bits, p_scheme))
 
 
 @pytest.mark.parametrize("bits", cases.CHANNELS)

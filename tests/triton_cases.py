@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lampq_rt.kernels import reference
 from lampq_rt.plan import Plan
 from lampq_rt.standin import stand_in_plan
-from tests.plans import channel_plan, log2_plan, range_plan, table_plan, tiny_vit
+from tests.plans import channel_plan, range_plan, softmax_plan, table_plan, tiny_vit
 
 Case = tuple[str, tuple[Any, ...]]
 """An op's name and its arguments, on the CPU."""
@@ -35,8 +35,9 @@ ATTENTION = tuple((n, d) for n in (1, 49, 197, 198, 256) for d in (32, 64, 72)) 
     (49, 48), (49, 80), (49, 96), (49, 128), (300, 64), (577, 80),
 )  # fmt: skip
 """(tokens, head_dim); few rows are tried with every head size, long ones with two."""
-SOFTMAX = ((8, "rowmax"), (4, "rowmax"), (4, "log2"), (3, "log2"))
+SOFTMAX = ((8, "rowmax"), (4, "rowmax"), (4, "log2"), (3, "log2"), (4, "cubic"), (7, "cubic"))
 """(bits, scheme) of P."""
+FLOAT_SOFTMAX = (SOFTMAX[0], *SOFTMAX[2:])
 HEADS = ((197, 64), (198, 32), (49, 48), (49, 80), (5, 72), (1, 64), (16, 128))
 """(tokens, head_dim)."""
 AFFINE = ("none", "plain", "weight", "both")
@@ -44,11 +45,13 @@ ROWS = ((197, 192, 192), (66, 768, 192), (49, 384, 384), (70, 128, 320), (1, 64,
 """(M, K, N)."""
 ROWS_BITS = ((8, 8, 8), (8, 4, 8), (4, 4, 4), (4, 8, 4))
 Bits = dict[str, int] | int
-MODELS: tuple[tuple[Bits, int | None, bool], ...] = (
-    (8, None, False), (4, None, False), (4, 4, False), ({"default": 8, "fc1": 4, "fc2": 3, "proj": 16}, None, False),
-    ({"default": 5, "qkv": 4}, 4, False), (8, None, True), (4, None, True),
+MODELS: tuple[tuple[Bits, int | None, str], ...] = (
+    (8, None, "rowmax"), (4, None, "rowmax"), (4, 4, "rowmax"),
+    ({"default": 8, "fc1": 4, "fc2": 3, "proj": 16}, None, "rowmax"), ({"default": 5, "qkv": 4}, 4, "rowmax"),
+    (8, None, "log2"), (4, None, "log2"), (8, None, "cubic"), (4, None, "cubic"),
 )  # fmt: skip
-"""(bits of every site or by kind, bits of the linears' inputs where they differ, P in powers of two)."""
+"""(bits of every site or by kind, bits of the linears' inputs where they differ, scheme of P). P of "log2" and of
+"cubic" has 4 bits."""
 CHANNELS: tuple[Bits, ...] = (8, 4, {"default": 8, "fc1": 16})
 """Bits of models whose fc2 have inputs by channel."""
 
@@ -114,14 +117,14 @@ def qkv_case(case: tuple[int, int, int, int], bits: tuple[int, int]) -> Case:
 
 
 def attention_cases(tokens: int, head_dim: int) -> Iterator[Case]:
-    """P in both schemes, codes out; the last three give floating point."""
+    """P in every scheme, codes out; then floating point, one case for each of `FLOAT_SOFTMAX`."""
     q, k, v = (codes((1, 2, tokens, head_dim), 8, seed=s) for s in range(3))
     v = reference.transpose_v(v)
     scales = (torch.tensor([1e-3, 3e-5]), torch.tensor([0.7, 0.2]))
     for p in SOFTMAX:
         for bits, dtype in ((8, torch.int8), (4, torch.int4 if head_dim == 64 else torch.int8)):
             yield "attention", (q, k, v, *scales, *p, 1.5 if bits == 8 else 0.1, -2, bits, dtype)
-    for p in (SOFTMAX[0], *SOFTMAX[2:]):
+    for p in FLOAT_SOFTMAX:
         yield "attention", (q, k, v, *scales, *p, 1.0, 0, 16, torch.float32)
 
 
@@ -170,12 +173,12 @@ def in_one_kernel(args: tuple[Any, ...], config: Any, table: Tensor | None = Non
     return out
 
 
-def model_case(bits: Bits, input_bits: int | None, log2: bool) -> tuple[nn.Module, Plan, Tensor]:
+def model_case(bits: Bits, input_bits: int | None, p_scheme: str) -> tuple[nn.Module, Plan, Tensor]:
     """A tiny model with LayerScale, its plan and two images."""
     model = tiny_vit(init_values=0.5)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     plan = stand_in_plan(model, images, bits, input_bits=input_bits)
-    return model, log2_plan(plan, 4) if log2 else plan, images
+    return model, plan if p_scheme == "rowmax" else softmax_plan(plan, 4, p_scheme), images
 
 
 def channel_case(bits: Bits) -> tuple[nn.Module, Plan, Tensor]:
@@ -187,7 +190,7 @@ def channel_case(bits: Bits) -> tuple[nn.Module, Plan, Tensor]:
 
 def table_case(bits: int, channels: bool) -> tuple[nn.Module, Plan, Tensor]:
     """A tiny model whose fc2 and proj have levels from a table, fc2 by channel where asked for, and two images."""
-    model, plan, images = channel_case(8) if channels else model_case(8, None, False)
+    model, plan, images = channel_case(8) if channels else model_case(8, None, "rowmax")
     return model, table_plan(plan, bits), images
 
 

@@ -81,7 +81,7 @@ def _attention_cases(batch: int, tokens: int, heads: int, head_dim: int) -> Iter
         yield f"heads of {kind} {label}, norm", "heads_quantize", (x, True, *norms, 1e-6, heads, steps, 8, 8)
     q, k, v = (_codes((batch, heads, tokens, head_dim), 8) for _ in range(3))
     scales = (torch.rand(heads) * 1e-3, torch.rand(heads) + 0.1)
-    for p in ((8, "rowmax"), (4, "rowmax"), (4, "log2"), (3, "log2")):
+    for p in ((8, "rowmax"), (4, "rowmax"), (4, "log2"), (3, "log2"), (4, "cubic")):
         args = (q, k, reference.transpose_v(v), *scales, *p, 1.5, -2, 8, torch.int8)
         yield f"attention {label} {p[1]} p{p[0]}", "attention", args
         yield f"attention levels {label} {p[1]} p{p[0]}", "attention", (*args, TABLE)

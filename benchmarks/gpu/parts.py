@@ -121,13 +121,16 @@ def attention(_: list[str], __: Path, ___: Path | None) -> Facts:
     q, k, v = (torch.randint(-127, 128, (b, h, n, d), device="cuda", dtype=torch.int8) for _ in range(3))
     v = reference.transpose_v(v)
     c, s = torch.full((h,), 1e-3, device="cuda"), torch.ones(h, device="cuda")
-    ours = bench(lambda: impl.attention(q, k, v, c, s, 8, "rowmax", 1.0, 0, 8, torch.int8))
-    log2 = bench(lambda: impl.attention(q, k, v, c, s, 4, "log2", 1.0, 0, 8, torch.int8))
+    ours, log2, cubic = (
+        bench(lambda p=p: impl.attention(q, k, v, c, s, *p, 1.0, 0, 8, torch.int8))
+        for p in ((8, "rowmax"), (4, "log2"), (4, "cubic"))
+    )
     f = torch.randn(b, h, n, d, device="cuda", dtype=torch.bfloat16)
     sdpa = bench(lambda: torch.nn.functional.scaled_dot_product_attention(f, f, f))
     ratio = sdpa["median"] / ours["median"]
-    summary = f"{ours['median']:.3f} ms, {ratio:.2f} x SDPA bf16; log2 P {log2['median']:.3f} ms"
-    return {"ours_ms": ours, "log2_ms": log2, "sdpa_bf16_ms": sdpa, "summary": summary}
+    summary = f"{ours['median']:.3f} ms, {ratio:.2f} x SDPA bf16; log2 P {log2['median']:.3f}, "
+    summary += f"cubic P {cubic['median']:.3f} ms"
+    return {"ours_ms": ours, "log2_ms": log2, "cubic_ms": cubic, "sdpa_bf16_ms": sdpa, "summary": summary}
 
 
 def tune_model(args: list[str], out: Path, _: Path | None) -> Facts:

@@ -41,7 +41,7 @@ def attention(
     """See `reference.attention`; one integer matmul per image and head, for log2 codes one in fp64, exact as well."""
     batch, heads, tokens, head_dim = q.shape
     unit = reference.softmax_unit(p_bits, p_scheme)
-    half = 1 << (p_bits - 1)
+    half = (int(unit) + 1) // 2
     y = torch.empty((batch, tokens, heads, head_dim), dtype=torch.float32)
     for b in range(batch):
         for h in range(heads):
@@ -50,11 +50,11 @@ def attention(
             e = torch.exp2(shifted)
             weights = reference.softmax_weights(shifted, e, p_bits, p_scheme)
             values = v[b, h, :, :tokens].t()
-            if p_scheme == "rowmax":
+            if p_scheme == "log2":
+                acc = weights.double() @ values.double()
+            else:
                 p_q = weights.sub_(half).to(torch.int8)
                 acc = _matmul(p_q, values) + half * values.to(torch.int32).sum(0, dtype=torch.int32)
-            else:
-                acc = weights.double() @ values.double()
             y[b, :, h] = acc.float() * (v_scale[h] / (unit * e.sum(-1, keepdim=True)))
     flat = y.flatten(2)
     if out_bits == reference.FLOAT_BITS:

@@ -147,12 +147,17 @@ void lampq_split_heads(const int8_t* qkv, int8_t* q, int8_t* k, int8_t* v, int64
 #ifdef LAMPQ_VNNI
 namespace {
 
+enum Scheme : int { kRowMax, kLog2, kCubic };  // in the order of SCHEMES in native.py
+
+inline __m512 cube(__m512 x) { return _mm512_mul_ps(_mm512_mul_ps(x, x), x); }
+
 // One row of logits to the integer weights of its unnormalised softmax; gives the sum of exponentials.
-// acc int32 [16*vectors], columns >= tokens are garbage; p_q u8 [16*vectors], zero there. Codes of log2 (kLog2) are weights
+// acc int32 [16*vectors], columns >= tokens are garbage; p_q u8 [16*vectors], zero there. Codes of kLog2 are weights
 // unit >> code of up to 16 bits: the low byte goes to p_q, the high one to p_high, where that is given.
-template <bool kLog2>
+// Codes of kCubic, 0..top, are of the cube root of an exponential, and the cubes of both are a product away.
+template <Scheme kScheme>
 inline float softmax_row(const int32_t* acc, uint8_t* p_q, uint8_t* p_high, int64_t tokens, int64_t vectors, float scale,
-                         float unit) {
+                         float unit, float top) {
   const auto mask_of = [tokens](int64_t v) -> __mmask16 {
     const int64_t left = tokens - 16 * v;
     return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << std::max<int64_t>(left, 0)) - 1);
@@ -164,15 +169,24 @@ inline float softmax_row(const int32_t* acc, uint8_t* p_q, uint8_t* p_high, int6
   const __m512 shift = _mm512_set1_ps(static_cast<float>(_mm512_reduce_max_epi32(most)) * scale);
   const __m512 units = _mm512_set1_ps(unit);
   const __m512i one = _mm512_set1_epi32(static_cast<int32_t>(unit));
+  const __m512 third = _mm512_set1_ps(1.f / 3.f), tops = _mm512_set1_ps(top);
+  const __m512 cube_unit = _mm512_set1_ps(static_cast<float>(unit / (static_cast<double>(top) * top * top)));
   __m512 sum = _mm512_setzero_ps();
   for (int64_t v = 0; v < vectors; ++v) {
     const __m512 logit = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(acc + 16 * v)), c);
-    const __m512 e = _mm512_maskz_mov_ps(mask_of(v), exp2_nonpositive(_mm512_sub_ps(logit, shift)));
+    const __m512 shifted = _mm512_sub_ps(logit, shift);
+    // The cube of 2^-42 is a normal number still; others would take a hundred cycles each.
+    const __m512 power = kScheme == kCubic ? exp2_nonpositive(_mm512_mul_ps(shifted, third), -42.f) : exp2_nonpositive(shifted);
+    const __m512 root = _mm512_maskz_mov_ps(mask_of(v), power);  // of e: itself, or the cube root
+    const __m512 e = kScheme == kCubic ? cube(root) : root;
     sum = _mm512_add_ps(sum, e);
     __m512i weight;
-    if (kLog2) {  // a shift by 32 or more gives 0, also by what a code too large for int32 becomes
+    if (kScheme == kLog2) {  // a shift by 32 or more gives 0, also by what a code too large for int32 becomes
       weight = _mm512_maskz_srlv_epi32(mask_of(v), one, _mm512_cvtps_epi32(_mm512_sub_ps(shift, logit)));
       if (p_high) _mm_storeu_si128(reinterpret_cast<__m128i*>(p_high + 16 * v), _mm512_cvtepi32_epi8(_mm512_srli_epi32(weight, 8)));
+    } else if (kScheme == kCubic) {
+      const __m512 code = _mm512_roundscale_ps(_mm512_mul_ps(root, tops), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      weight = _mm512_cvtps_epi32(_mm512_mul_ps(cube(code), cube_unit));
     } else {
       weight = _mm512_cvtps_epi32(_mm512_mul_ps(e, units));
     }
@@ -191,10 +205,12 @@ void transpose_words(const int8_t* src, int64_t rows, int64_t src_stride, int64_
 struct Attention {
   int64_t heads, tokens, head_dim, padded;
   float unit;  // what the weight 1 of a row's maximum is as an integer
-  bool log2;
+  Scheme scheme;
+  int p_bits;
   Codes codes;
   bool floating;
-  bool wide() const { return log2 && unit > 255.f; }  // weights of two bytes
+  bool wide() const { return unit > 255.f; }  // weights of two bytes: powers of two of 4 bits
+  float top() const { return static_cast<float>((1 << p_bits) - 1); }
   int64_t key_vectors() const { return (tokens + 15) / 16; }
   int64_t value_vectors() const { return (head_dim + 15) / 16; }
 };
@@ -240,6 +256,7 @@ void one_head(const Attention& a, Scratch& s, const int8_t* q, const int8_t* k, 
     }
     s.key_sums[n] = -128 * sum;
   }
+  const auto softmax = a.scheme == kLog2 ? softmax_row<kLog2> : a.scheme == kCubic ? softmax_row<kCubic> : softmax_row<kRowMax>;
   float sums[kRows];
   for (int64_t first = 0; first < a.tokens; first += kRows) {
     const int64_t rows = std::min<int64_t>(kRows, a.tokens - first);
@@ -249,9 +266,9 @@ void one_head(const Attention& a, Scratch& s, const int8_t* q, const int8_t* k, 
     for (int64_t i = 0; i < rows * a.head_dim; ++i) queries[i] = static_cast<uint8_t>(block[i]) ^ 0x80;
     dot_block(rows, s.queries.get(), a.head_dim, s.keys.get(), kv, words, s.logits.get(), s.key_sums.get());
     for (int64_t r = 0; r < rows; ++r) {
-      const auto softmax = a.log2 ? softmax_row<true> : softmax_row<false>;
+      const int32_t* logits = s.logits.get() + r * 16 * kv;
       uint8_t* high = a.wide() ? s.softmax_high.get() + r * 16 * kv : nullptr;
-      sums[r] = softmax(s.logits.get() + r * 16 * kv, s.softmax.get() + r * 16 * kv, high, a.tokens, kv, logit_scale, a.unit);
+      sums[r] = softmax(logits, s.softmax.get() + r * 16 * kv, high, a.tokens, kv, logit_scale, a.unit, a.top());
     }
     dot_block(rows, s.softmax.get(), 16 * kv, s.values.get(), vv, kv * 4, s.product.get(), nullptr);
     if (a.wide()) dot_block(rows, s.softmax_high.get(), 16 * kv, s.values.get(), vv, kv * 4, s.product_high.get(), nullptr);
@@ -278,11 +295,12 @@ extern "C" {
 // q, k int8 [batch, heads, tokens, head_dim]; v int8 [batch, heads, head_dim, padded], zero in the padding, padded a multiple of
 // 16; head_dim a multiple of 4. out [batch, tokens, heads * head_dim]: bytes, or fp32 where `floating`.
 void lampq_attention(const int8_t* q, const int8_t* k, const int8_t* v, const float* logit_scale, const float* v_scale, void* out,
-                     int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, int64_t padded, float unit, int log2, float inv,
-                     float zero_point, float low, float high, int offset, int floating, const int8_t* table, int threads) {
+                     int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, int64_t padded, float unit, int scheme,
+                     int p_bits, float inv, float zero_point, float low, float high, int offset, int floating,
+                     const int8_t* table, int threads) {
   const Levels levels(floating ? nullptr : table, offset);
   const Codes codes(inv, zero_point, low, high, offset, levels);
-  const Attention a{heads, tokens, head_dim, padded, unit, log2 != 0, codes, floating != 0};
+  const Attention a{heads, tokens, head_dim, padded, unit, static_cast<Scheme>(scheme), p_bits, codes, floating != 0};
   const int64_t width = heads * head_dim;
 #pragma omp parallel num_threads(threads)
   {

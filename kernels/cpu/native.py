@@ -45,12 +45,15 @@ SIGNATURES: dict[str, list[Any]] = {
     "lampq_layernorm_quantize": [_ptr] * 4 + [_i64, _i64, _float, *_CODES, _ptr, _int],
     "lampq_split_heads": [_ptr] * 4 + [_i64] * 5 + [_int] * 5,
     "lampq_linear": [_ptr] * 7 + [_i64] * 3 + [_int] * 2 + _CODES + [_ptr] * 3 + [_float, *_CODES, _ptr, _ptr, _int],
-    "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_float, _int, *_CODES, _int, _ptr, _int],
+    "lampq_attention": [_ptr] * 6 + [_i64] * 5 + [_float, _int, _int, *_CODES, _int, _ptr, _int],
     "lampq_remap": [_ptr] * 2 + [_i64] + [_int] * 2,
     "lampq_pack_weight": [_ptr] * 2 + [_i64] * 2 + [_ptr] * 2,
     "lampq_run": [_ptr, _i64],
 }
 """Arguments of every function; program.cpp knows the first six by their places here."""
+
+SCHEMES = ("rowmax", "log2", "cubic")
+"""Schemes of P by their number in kernels.cpp."""
 
 NEED_VNNI = ("lampq_attention", "lampq_pack_weight", "lampq_linear")
 """Functions that a library for a CPU without AVX512-VNNI does not have."""
@@ -263,7 +266,7 @@ def attention(
     table: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention`; all contiguous, head_dim a multiple of 4, `dtype` fp32 for a floating-point result."""
-    unit, log2 = reference.softmax_unit(p_bits, p_scheme), int(p_scheme == "log2")
+    unit, scheme = reference.softmax_unit(p_bits, p_scheme), SCHEMES.index(p_scheme)
     batch, heads, tokens, head_dim = q.shape
     out = empty((batch, tokens, heads * head_dim), dtype)
     floating = out_bits == reference.FLOAT_BITS
@@ -271,6 +274,6 @@ def attention(
     call(
         lib, "lampq_attention",
         at(q), at(k), at(v), at(logit_scale), at(v_scale), at(out), batch, heads, tokens, head_dim, v.shape[-1],
-        unit, log2, *codes, int(floating), at(table), torch.get_num_threads(),
+        unit, scheme, p_bits, *codes, int(floating), at(table), torch.get_num_threads(),
     )  # fmt: skip
     return out

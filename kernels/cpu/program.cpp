@@ -15,7 +15,7 @@ void lampq_linear(const uint8_t*, const int32_t*, const int32_t*, const float*, 
                   int64_t, int64_t, int, int, float, float, float, float, int, void*, const float*, const float*, float, float, float,
                   float, float, int, uint8_t*, const int8_t*, int);
 void lampq_attention(const int8_t*, const int8_t*, const int8_t*, const float*, const float*, void*, int64_t, int64_t, int64_t, int64_t,
-                     int64_t, float, int, float, float, float, float, int, int, const int8_t*, int);
+                     int64_t, float, int, int, float, float, float, float, int, int, const int8_t*, int);
 #endif
 
 // Arguments by type, each in the order in which the function takes them.
@@ -54,8 +54,8 @@ void lampq_run(const Call* calls, int64_t count) {
         break;
       case 4:
         lampq_attention(static_cast<int8_t*>(p[0]), static_cast<int8_t*>(p[1]), static_cast<int8_t*>(p[2]), static_cast<float*>(p[3]),
-                        static_cast<float*>(p[4]), p[5], i[0], i[1], i[2], i[3], i[4], f[0], i[5], f[1], f[2], f[3], f[4], i[6], i[7],
-                        static_cast<int8_t*>(p[6]), i[8]);
+                        static_cast<float*>(p[4]), p[5], i[0], i[1], i[2], i[3], i[4], f[0], i[5], i[6], f[1], f[2], f[3], f[4], i[7],
+                        i[8], static_cast<int8_t*>(p[6]), i[9]);
         break;
 #endif
       case 5:

@@ -71,9 +71,9 @@ void dot_block(int64_t rows, const uint8_t* a, int64_t a_stride, const int32_t* 
   }
 }
 
-// 2^x for x <= 0; relative error below 3e-7. 2^f on [-1/2, 1/2] by its Taylor polynomial of degree 6.
-inline __m512 exp2_nonpositive(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+// 2^x for x <= 0, 2^lowest below that; relative error below 3e-7. 2^f on [-1/2, 1/2] by its Taylor polynomial of degree 6.
+inline __m512 exp2_nonpositive(__m512 x, float lowest = -126.f) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(lowest));
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);
   __m512 p = _mm512_set1_ps(1.540353039338161e-4f);

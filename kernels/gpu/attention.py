@@ -6,10 +6,11 @@ the whole row, one PV. Longer rows take two passes over K: the first finds each 
 exponentials with it, so that every code of P means the same as on chip (an online softmax would change the codes as
 the maximum moves).
 
-int8 P holds the code minus 2^(bits-1); what that takes from the product is given back by the column sums of v, which
-a row of ones times v^T gives for free on the same tensor cores (`half_sums`).
+int8 P holds the weight minus half of its range: 2^(bits-1) where the weight is the code ("rowmax"), 128 where it comes
+of the code's cube ("cubic"). What that takes from the product is given back by the column sums of v. A "cubic" code
+needs the exponential of a third of the logit, and the cube of that serves the row sum.
 
-log2 P (LOG2) is 2^(2^bits-1-code) and v is turned into fp16, both exactly; products are summed in fp32. The sums are
+"log2" P is 2^(2^bits-1-code) and v is turned into fp16, both exactly; products are summed in fp32. The sums are
 integers, exact below 2^24: always for rows of up to 1,024 tokens at 3 bits or less. The code needs no exponential.
 """
 
@@ -18,7 +19,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lampq_rt.kernels.gpu.numerics import codes_int8, int8_to_fp16, levels, pack_nibbles, powers_fp16, round_int8
+from lampq_rt.kernels.gpu.numerics import (
+    codes_int8,
+    cube_weights,
+    int8_to_fp16,
+    levels,
+    pack_nibbles,
+    powers_fp16,
+    round_int8,
+)
 
 
 @triton.jit
@@ -34,23 +43,28 @@ def _logits(q, k_ptr, first, TOKENS, d, logit_scale, HEAD_DIM: tl.constexpr, BLO
 @triton.jit
 def _weighted(
     shifted, v_ptr, first, TOKENS, PADDED, d, acc, total, HEAD_DIM: tl.constexpr, P_BITS: tl.constexpr,
-    LOG2: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr,
+    P_SCHEME: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """acc + integer weights @ v, int32 or fp32 [BLOCK_M, BLOCK_D], and total + the sum of exponentials, fp32 [BLOCK_M].
 
-    int8 weights are codes minus their half; the half comes back by the column sums of v.
+    int8 weights lack half of their range; the half comes back by the column sums of v.
     """
-    e = tl.exp2(shifted)
+    if P_SCHEME == "cubic":
+        root = tl.exp2(shifted * (1 / 3))
+        e = root * root * root
+    else:
+        e = tl.exp2(shifted)
     total += tl.sum(e, 1)
     columns = first + tl.arange(0, BLOCK_N)
     # v's padding is zero; a mask at TOKENS would load single bytes.
     mask = (d < HEAD_DIM)[:, None] & (columns < PADDED)[None, :]
     v = tl.load(v_ptr + d[:, None] * PADDED + columns[None, :], mask=mask, other=0)  # [BLOCK_D, BLOCK_N]
-    if LOG2:
+    if P_SCHEME == "log2":
         acc = tl.dot(powers_fp16(shifted, P_BITS), int8_to_fp16(v, PTX).T, acc)
     else:
-        half: tl.constexpr = 2 ** (P_BITS - 1)
-        p = round_int8(e * (2**P_BITS - 1.0) - half, -half, half - 1, PTX)
+        half: tl.constexpr = 128 if P_SCHEME == "cubic" else 2 ** (P_BITS - 1)
+        weights = cube_weights(root, P_BITS) if P_SCHEME == "cubic" else e * (2**P_BITS - 1.0)
+        p = round_int8(weights - half, -half, half - 1, PTX)
         sums = tl.sum(v.to(tl.int32), 1)
         acc = tl.dot(p, v.T, acc, out_dtype=tl.int32) + half * sums[None, :]
     return acc, total
@@ -64,7 +78,7 @@ def attention_kernel(
     table_ptr,  # int8 [256], see `levels`, or None
     out_ptr,  # int8 [B, N, H*d], packed [B, N, H*d/2], or floating point
     TOKENS, PADDED, inv_scale, zero_point,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, P_BITS: tl.constexpr, UNIT: tl.constexpr, LOG2: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, P_BITS: tl.constexpr, UNIT: tl.constexpr, P_SCHEME: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, FLOAT_OUT: tl.constexpr, OUT_PACKED: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_0: tl.constexpr, TILE_1: tl.constexpr, TILE_2: tl.constexpr, ON_CHIP: tl.constexpr,
@@ -80,7 +94,7 @@ def attention_kernel(
     q_mask = (rows < TOKENS)[:, None] & (d < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + start + rows[:, None] * HEAD_DIM + d[None, :], mask=q_mask, other=0)
     c = tl.load(logit_scale_ptr + head)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32 if LOG2 else tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32 if P_SCHEME == "log2" else tl.int32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
 
     if ON_CHIP:
@@ -93,16 +107,17 @@ def attention_kernel(
             s2 = _logits(q, k_ptr, TILE_0 + TILE_1, TOKENS, d, c, HEAD_DIM, TILE_2)
             most = tl.maximum(most, tl.max(s2, 1))
         acc, total = _weighted(
-            s0 - most[:, None], v_ptr, 0, TOKENS, PADDED, d, acc, total, HEAD_DIM, P_BITS, LOG2, PTX, TILE_0
+            s0 - most[:, None], v_ptr, 0, TOKENS, PADDED, d, acc, total, HEAD_DIM, P_BITS, P_SCHEME, PTX, TILE_0
         )
         if TILE_1 > 0:
             acc, total = _weighted(
-                s1 - most[:, None], v_ptr, TILE_0, TOKENS, PADDED, d, acc, total, HEAD_DIM, P_BITS, LOG2, PTX, TILE_1
-            )
+                s1 - most[:, None], v_ptr, TILE_0, TOKENS, PADDED, d, acc, total, HEAD_DIM, P_BITS, P_SCHEME, PTX,
+                TILE_1,
+            )  # fmt: skip
         if TILE_2 > 0:
             acc, total = _weighted(
-                s2 - most[:, None], v_ptr, TILE_0 + TILE_1, TOKENS, PADDED, d, acc, total, HEAD_DIM, P_BITS, LOG2, PTX,
-                TILE_2,
+                s2 - most[:, None], v_ptr, TILE_0 + TILE_1, TOKENS, PADDED, d, acc, total, HEAD_DIM, P_BITS, P_SCHEME,
+                PTX, TILE_2,
             )  # fmt: skip
     else:
         most = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -111,7 +126,7 @@ def attention_kernel(
         for first in range(0, TOKENS, TILE_0):
             shifted = _logits(q, k_ptr, first, TOKENS, d, c, HEAD_DIM, TILE_0) - most[:, None]
             acc, total = _weighted(
-                shifted, v_ptr, first, TOKENS, PADDED, d, acc, total, HEAD_DIM, P_BITS, LOG2, PTX, TILE_0
+                shifted, v_ptr, first, TOKENS, PADDED, d, acc, total, HEAD_DIM, P_BITS, P_SCHEME, PTX, TILE_0
             )
 
     y = acc.to(tl.float32) * (tl.load(v_scale_ptr + head) / (UNIT * total))[:, None]

@@ -388,7 +388,7 @@ def attention(
     floating = out_bits == reference.FLOAT_BITS
     attention_kernel[(triton.cdiv(tokens, config.block_m), batch * heads)](
         q, k, v, logit_scale, v_scale, table, _bytes(out), tokens, v.shape[-1], out_inv_scale, float(out_zero_point),
-        heads, head_dim, p_bits, unit, p_scheme == "log2", *(FULL if floating else reference.code_range(out_bits)),
+        heads, head_dim, p_bits, unit, p_scheme, *(FULL if floating else reference.code_range(out_bits)),
         floating, dtype == reference.INT4, ptx,
         config.block_m, max(32, triton.next_power_of_2(head_dim)), *config.tiles, config.on_chip,
         num_warps=config.warps, num_stages=config.stages, **configs.attention_options(arch),

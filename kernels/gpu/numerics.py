@@ -74,6 +74,14 @@ def powers_fp16(logarithm, BITS: tl.constexpr):
 
 
 @triton.jit
+def cube_weights(root, BITS: tl.constexpr):
+    """rne(n * root)^3 * (255 / n^3) with n = 2^BITS - 1, still to be rounded; root fp32, 0 ... 1 (`reference`)."""
+    top: tl.constexpr = 2**BITS - 1.0
+    code = (root * top + MAGIC) - MAGIC
+    return code * code * code * (255 / (top * top * top))
+
+
+@triton.jit
 def int8_to_fp16(codes, PTX: tl.constexpr):
     """int8 as fp16, exactly. The PTX form puts code + 128 into the low mantissa bits of 1024 and takes 1152 off."""
     if PTX:
