@@ -74,7 +74,7 @@ PLAIN = Preparation()
 
 STRONG = Preparation(
     ("rotate-residual", "rotate-heads", "balance-norms"),
-    softmax="log2",
+    softmax="cubic",
     fc2_input="channel",
     scheme="table",
     rounding="gptq",
