@@ -207,8 +207,10 @@ class _Linear:
             mean.add(worth @ rows)
         self.x.clear()
         params = site_params(self.site, params.formats, self._sample(), self.weight, search)
+        trim()
         weight, moment, mean_hat = self._regressed(channels.scaled_weight(self.weight, params), params)
         self.x_hat.clear()
+        trim()
         bits = params.formats["weight"].bits
         scale = weight_scale(weight, bits)
         codes = gptq(weight, scale, moment, bits)

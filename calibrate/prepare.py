@@ -20,6 +20,7 @@ from lampq_rt.calibrate.spill import Shelf
 from lampq_rt.calibrate.transforms import TRANSFORMS, Context
 from lampq_rt.edits import differences, edited
 from lampq_rt.errors import DataError
+from lampq_rt.memory import trim
 from lampq_rt.modules import weight_codes
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
@@ -38,7 +39,10 @@ def prepared(model: nn.Module, images: Tensor, preparation: Preparation, seed: i
         return model, {}
     twin = copy.deepcopy(model).float().eval().requires_grad_(False)
     context = Context(describe(twin), images, seed)
-    answers = {name: TRANSFORMS.get(name)(twin, context) for name in preparation.rewrites}
+    answers = {}
+    for name in preparation.rewrites:
+        answers[name] = TRANSFORMS.get(name)(twin, context)
+        trim()
     return twin, {name: reason for name, reason in answers.items() if reason is not None}
 
 
