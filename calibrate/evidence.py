@@ -144,10 +144,10 @@ class Measurements:
     def nearest(self, site: Site, wanted: int) -> int:
         """The narrowest width of the menu that is not narrower than `wanted`; the widest where there is none.
 
-        A matmul has the width that the preparation gives all activations, if it does.
+        A matmul has the width that the preparation gives attention, if it does.
         """
-        if site.is_matmul and self.preparation.activations is not None:
-            wanted = self.preparation.activations
+        if site.is_matmul and self.preparation.attention is not None:
+            wanted = self.preparation.attention
         widths = sorted(self.menu[site.name])
         return min((w for w in widths if w >= wanted), default=widths[-1])
 

@@ -28,7 +28,7 @@ from lampq_rt.calibrate.evidence import Measurements, SearchEvidence, check_imag
 from lampq_rt.calibrate.metrics import PENALTIES, Score
 from lampq_rt.calibrate.prepare import NO_MORE, Material, finished, prepared
 from lampq_rt.calibrate.progress import Report, reporting
-from lampq_rt.calibrate.proposal import Proposal
+from lampq_rt.calibrate.proposal import Proposal, finalists
 from lampq_rt.calibrate.provenance import Facts, provenance
 from lampq_rt.calibrate.recipes import PLAIN, RECIPES, Preparation, Recipe
 from lampq_rt.calibrate.refine import refine
@@ -139,12 +139,9 @@ def calibrate(
 
 
 class Calibration:
-    """One model with its calibration images. Made by `calibrate`; `plan` measures what is missing and keeps it.
+    """One model with its calibration images. Made by `calibrate`; `plan` measures what is missing and keeps it."""
 
-    Both work where the caller runs in inference mode: gradients are asked for all the same.
-    """
-
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # the caller may be in it, and gradients are asked for all the same
     def __init__(
         self,
         model: nn.Module,
@@ -229,12 +226,14 @@ class Calibration:
         bits, refined = dict(proposal.allocation.bits), None
         if chosen.refine and bits:
             bits, refined = self._refine(chosen, nominal, proposal)
+        final, fixed = [proposal], self._fixed_widths(nominal)
         if chosen.compensate:
-            widths = {**self._fixed_widths(nominal), **bits}  # formats alone: their steps are searched anew
-            sites = {site.name: self.measurements.bare(site, widths[site.name]) for site in self.description.sites}
+            final = finalists(proposals, proposal)
+            candidates = [self._bare({**fixed, **found}) for found in (bits, *(p.allocation.bits for p in final[1:]))]
         else:
-            sites = self._sites(chosen.search, bits, self._fixed(chosen.search, nominal))
-        sites, edits = finished(self.measurements, self.original, self.model, sites, chosen, self.material)
+            candidates = [self._sites(chosen.search, bits, self._fixed(chosen.search, nominal))]
+        sites, edits, kept = finished(self.measurements, self.original, self.model, candidates, chosen, self.material)
+        proposal = final[kept]
         facts = Facts(chosen, budget, limits, nominal, proposals, proposal, refined, tuple(edits))
         dtype = self.measurements.residual_dtype
         return Plan(self.model_name, self.weights_digest, sites, provenance(self, facts, sites), dtype, edits)
@@ -280,6 +279,10 @@ class Calibration:
                 m.simulation.reset()
                 m.report("comparing plans", done, len(proposals))
         return min(proposals, key=lambda p: p.divergence or 0.0)
+
+    def _bare(self, widths: Mapping[str, int]) -> dict[str, SiteParams]:
+        """Formats alone of all sites: their steps are searched anew."""
+        return {site.name: self.measurements.bare(site, widths[site.name]) for site in self.description.sites}
 
     def _sites(self, search: str, bits: Mapping[str, int], fixed: Mapping[str, SiteParams]) -> dict[str, SiteParams]:
         """Formats and steps of all sites, in order of execution."""

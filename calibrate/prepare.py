@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,37 +67,38 @@ def finished(
     measurements: Measurements,
     original: nn.Module,
     model: nn.Module,
-    sites: Mapping[str, SiteParams],
+    candidates: Sequence[Mapping[str, SiteParams]],
     recipe: Recipe,
     material: Material = NO_MORE,
-) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
-    """Sites and edits of a plan whose formats are decided: `sites` as they are, or compensated.
+) -> tuple[dict[str, SiteParams], dict[str, Tensor], int]:
+    """Sites and edits of a plan, and the number of its candidate: the only one, or the best after compensation.
 
     Args:
         measurements: of `model`.
         original: the model that the plan will be applied to.
         model: `original` as prepared.
-        sites: formats and steps; where the recipe compensates, formats suffice.
+        candidates: formats and steps of all sites; where the recipe compensates, formats suffice, and there may be
+            several.
         recipe: says whether to compensate and to train.
         material: to train with.
 
     Raises:
         DataError: the images are spread over several processes, and the recipe compensates; or see `reconstruct`.
     """
-    found, biases = dict(sites), dict[str, Tensor]()
+    found, biases, chosen = dict(candidates[0]), dict[str, Tensor](), 0
     if recipe.compensate:
         if measurements.shard.world > 1:
             raise DataError(f"recipe {recipe.name} sees all images in one process; allowed under torchrun: lampq")
-        found, biases = _best_compensated(measurements, model, sites)
+        found, biases, chosen = _best_compensated(measurements, model, candidates)
     elif model is not original:
-        found = {name: _with_codes(measurements, name, params) for name, params in sites.items()}
+        found = {name: _with_codes(measurements, name, params) for name, params in found.items()}
     integer = frozenset(f"{name}.weight" for name, params in found.items() if not params.is_float)
     edits = {} if model is original else differences(original, model, integer)
     edits.update({name: bias.float().cpu() for name, bias in biases.items()})
     if recipe.schedule.steps:
         found, learned = _reconstructed(measurements, model, found, biases, recipe, material)
         edits.update(learned)
-    return found, edits
+    return found, edits, chosen
 
 
 def _reconstructed(
@@ -126,25 +127,23 @@ def _reconstructed(
 
 
 def _best_compensated(
-    measurements: Measurements, model: nn.Module, sites: Mapping[str, SiteParams]
-) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
-    """Compensated sites and biases; where fc2's inputs have steps by channel, also with one step, and the better kept.
+    measurements: Measurements, model: nn.Module, candidates: Sequence[Mapping[str, SiteParams]]
+) -> tuple[dict[str, SiteParams], dict[str, Tensor], int]:
+    """Sites, biases and number of the candidate that diverges least once it is compensated.
 
-    One step a channel saves ViT-Tiny at 8 bits from an activation of 215 (KL 0.070 to 0.016), and costs DeiT-Tiny,
-    which has no such thing, a KL of 0.012 instead of 0.005.
+    Where fc2's inputs have steps by channel, it is tried with one step, too: a step a channel saves ViT-Tiny at 8 bits
+    from an activation of 215 (KL 0.070 to 0.016), and costs DeiT-Tiny, which has no such thing, 0.012 instead of 0.005.
     """
     device = next(measurements.simulation.parameters()).device
     images, judge = measurements.images.to(device), measurements.plan_judge
-    options = [dict(sites)]
-    if any("input" in p.formats and p.formats["input"].granularity == "channel" for p in sites.values()):
-        options.append({name: _by_tensor(params) for name, params in sites.items()})
     shares = {site.name: measurements.fisher[site.name].prefix for site in measurements.linears}
-    least, kept, best = math.inf, Shelf(), dict[str, Tensor]()
-    for number, option in enumerate(options):
+    options = [(number, option) for number, sites in enumerate(candidates) for option in _options(sites)]
+    least, kept, best, chosen = math.inf, Shelf(), dict[str, Tensor](), 0
+    for place, (number, option) in enumerate(options):
         measurements.simulation.reset()
         quantised = Simulation(model).float().to(device)
 
-        def report(done: int, total: int, before: int = number) -> None:
+        def report(done: int, total: int, before: int = place) -> None:
             measurements.report("compensating errors", before * total + done, len(options) * total)
 
         found, biases = compensate(
@@ -157,14 +156,20 @@ def _best_compensated(
             progress=report,
         )
         if len(options) == 1:
-            return found, biases
+            return found, biases, number
         divergence = judge(quantised).divergence
-        if not number or divergence < least:
-            least, best = divergence, biases
+        if not place or divergence < least:
+            least, best, chosen = divergence, biases, number
             for name, params in found.items():
                 kept.put(name, params)
         del found, quantised
-    return {name: kept.get(name) for name in sites}, best
+    return {name: kept.get(name) for name in candidates[chosen]}, best, chosen
+
+
+def _options(sites: Mapping[str, SiteParams]) -> list[dict[str, SiteParams]]:
+    """The sites as they are, and with one step for all channels where some have several."""
+    by_tensor = {name: _by_tensor(params) for name, params in sites.items()}
+    return [dict(sites)] + ([by_tensor] if any(by_tensor[name] is not sites[name] for name in sites) else [])
 
 
 def _by_tensor(params: SiteParams) -> SiteParams:

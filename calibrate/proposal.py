@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from lampq_rt.calibrate.allocate import Allocation, Problem
 from lampq_rt.calibrate.metrics import Score
 
+FINALISTS = 2
+"""Proposals that are compensated and compared once more."""
+
 
 @dataclass
 class Proposal:
@@ -25,3 +28,9 @@ class Proposal:
     problem: Problem
     allocation: Allocation
     divergence: float | None = None
+
+
+def finalists(proposals: list[Proposal], best: Proposal) -> list[Proposal]:
+    """The best proposal and the next of other bits: which gains more from compensation is seen only after it."""
+    others = [p for p in proposals if p.allocation.bits != best.allocation.bits]
+    return [best, *sorted(others, key=lambda p: p.divergence or 0.0)[: FINALISTS - 1]]

@@ -31,8 +31,8 @@ class Preparation:
         families: kinds of the blocks' linears whose inputs have tables whatever `scheme` says, each with the family of
             its levels (`calibrate/search/families`). The other kinds' tables are of family "optimal".
         rounding: of weights while bits are chosen: "nearest" or "gptq".
-        activations: width of all activations, operands of attention among them; None: a linear's input has its weight's
-            width, the others the nominal one (LampQ).
+        activations: width of the linears' inputs; None: that of the weight beside it (LampQ).
+        attention: width of q, k, v and softmax output; None: the nominal one (LampQ).
     """
 
     rewrites: tuple[str, ...] = ()
@@ -42,6 +42,7 @@ class Preparation:
     rounding: str = "nearest"
     families: tuple[tuple[str, str], ...] = ()
     activations: int | None = None
+    attention: int | None = None
 
     def __post_init__(self) -> None:
         if self.softmax not in SOFTMAX:
@@ -65,9 +66,10 @@ class Preparation:
         return "table" if str(kind) in dict(self.families) else self.scheme
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict; families and width of activations only where there are any."""
+        """A plain dict; families and widths of activations only where there are any."""
         facts = {**asdict(self), "rewrites": list(self.rewrites), "families": dict(self.families)}
-        return {key: value for key, value in facts.items() if value or key not in ("families", "activations")}
+        optional = ("families", "activations", "attention")
+        return {key: value for key, value in facts.items() if value or key not in optional}
 
 
 PLAIN = Preparation()
@@ -81,7 +83,11 @@ STRONG = Preparation(
 )
 """The base that `lampq+` chooses bits on; docs/calibration.md says what each part buys."""
 
-WEIGHTS_ONLY = replace(STRONG, activations=8)
+FREE_ATTENTION = replace(STRONG, attention=8)
+"""q, k, v and softmax output have no weights: no budget of mean bits or bytes sees them, and integer units gain nothing
+from fewer than 8 bits there."""
+
+WEIGHTS_ONLY = replace(STRONG, activations=8, attention=8)
 """What integer hardware gains from: activations are computed on as 8 bits anyway, weights of few bits save memory."""
 
 ADALOG = Preparation(("repq",), softmax="log2", families=(("fc2", "adalog"),))
@@ -106,7 +112,8 @@ class Recipe:
         refine: True where the iterative update follows.
         description: one line for people.
         preparation: of model and number formats.
-        compensate: True where the plan's weights and biases are made good site after site (`compensate`).
+        compensate: True where the plan's weights and biases are made good site after site (`compensate`). Of several
+            answers two are, and compared once more.
         schedule: of the training that follows (`reconstruct`); of no steps where none does.
     """
 
@@ -202,6 +209,17 @@ for _recipe in (
         False,
         "the most accurate: rewrites, tables, LampQ's allocation on measured errors, compensated errors",
         STRONG,
+        compensate=True,
+    ),
+    Recipe(
+        "lampq+a",
+        "output-error",
+        ("fisher-output", "fisher-context"),
+        "milp",
+        True,
+        False,
+        "lampq+ with 8 bits for q, k, v and softmax output, which have no weights",
+        FREE_ATTENTION,
         compensate=True,
     ),
     Recipe(

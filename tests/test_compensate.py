@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from lampq_rt import Plan
 from lampq_rt.backends import formats
 from lampq_rt.calibrate import RECIPES, Budget, calibrate
 from lampq_rt.calibrate.compensate import compensate
+from lampq_rt.calibrate.prepare import finished
+from lampq_rt.formats import FLOAT
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import Simulation, simulate
 from tests.plans import VARIANTS, tiny_vit
@@ -108,11 +111,6 @@ def test_rows_count_what_their_gradients_say() -> None:
 
 def test_floating_point_layers_take_the_rewritten_weight() -> None:
     """A plan may leave sites at 16 bits; their weights are edits then."""
-    from dataclasses import replace
-
-    from lampq_rt.calibrate.prepare import finished
-    from lampq_rt.formats import FLOAT
-
     model = tiny_vit()
     images = images_for(model)
     calibration = calibrate(model, images)
@@ -121,11 +119,33 @@ def test_floating_point_layers_take_the_rewritten_weight() -> None:
     plan = prepared.plan(Budget(mean_bits=8), "fast")
     name = "blocks.0.attn.qkv"
     floating = replace(plan.sites[name], formats=dict.fromkeys(("weight", "input"), FLOAT), tensors={})
-    sites, edits = finished(prepared.measurements, model, prepared.model, {**plan.sites, name: floating}, recipe)
+    mixture = {**plan.sites, name: floating}
+    sites, edits, _ = finished(prepared.measurements, model, prepared.model, [mixture], recipe)
     assert f"{name}.weight" in edits
     mixed = replace(plan, sites=sites, edits=edits)
     with torch.inference_mode():
         assert distance(lampq_rt.compile(model, mixed)(images), model(images)) < 0.1
+
+
+def test_the_better_of_two_candidates_is_kept() -> None:
+    """Whatever their order: 8 bits come nearer to fp32 than 2 once both are compensated."""
+    model = tiny_vit(depth=2)
+    calibration = calibrate(model, images_for(model, 16))
+    recipe = RECIPES.get("fast")
+    prepared = calibration._for(recipe.preparation)
+    few, many = ({s.name: prepared.measurements.bare(s, b) for s in prepared.description.sites} for b in (2, 8))
+    for candidates, best in (([few, many], 1), ([many, few], 0)):
+        sites, _, kept = finished(prepared.measurements, model, prepared.model, candidates, recipe)
+        assert kept == best and {p.formats["weight"].bits for p in sites.values() if "weight" in p.formats} == {8}
+
+
+def test_attention_has_eight_bits_where_a_recipe_says_so() -> None:
+    model = tiny_vit(depth=2)
+    plan = calibrate(model, images_for(model)).plan(Budget(mean_bits=3), "lampq+a")
+    for name, params in plan.sites.items():
+        widths = {operand: fmt.bits for operand, fmt in params.formats.items()}
+        assert ("weight" in widths and widths["weight"] < 8) or set(widths.values()) == {8}, (name, widths)
+    assert plan.provenance["recipe"]["preparation"]["attention"] == 8
 
 
 def test_weights_alone_have_few_bits_where_activations_have_eight() -> None:

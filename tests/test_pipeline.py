@@ -79,7 +79,7 @@ def test_every_recipe_gives_a_plan_that_fits_model_and_budget(
     check_plan(model, plan)
     assert plan.mean_bits <= 4.0 + 1e-9
     assert plan.provenance["costs"]["mean_bits"] == pytest.approx(plan.mean_bits)
-    matmuls = RECIPES.get(recipe).preparation.activations or 4
+    matmuls = RECIPES.get(recipe).preparation.attention or 4
     for site in plan.sites.values():
         if site.kind not in BLOCK_LINEARS:
             assert site.bits == (matmuls if site.kind in (Kind.QK, Kind.PV) else 4)
