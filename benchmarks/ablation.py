@@ -37,7 +37,7 @@ def steps() -> Iterator[tuple[str, Recipe]]:
     preparation, compensate = PLAIN, "+ compensation in order"
     changes: list[tuple[str, dict[str, Any]]] = [
         ("uniform bits, nearest", {}),
-        ("+ log2 softmax", {"softmax": "log2"}),
+        ("+ cubic softmax", {"softmax": "cubic"}),
         ("+ tables of levels", {"scheme": "table"}),
         ("+ rotate-residual", {"rewrites": ("rotate-residual",)}),
         ("+ rotate-heads", {"rewrites": ("rotate-residual", "rotate-heads")}),

@@ -47,7 +47,7 @@ def calibrate(
     recipe: Annotated[
         str,
         typer.Option(
-            help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, lampq+, lampq+w or lampq+rec."
+            help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, lampq+, lampq+a, lampq+w or lampq+rec."
         ),
     ] = "lampq",
     labels: Labels = None,
