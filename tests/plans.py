@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+import lampq_rt
 from lampq_rt.formats import Format
 from lampq_rt.kernels.reference import code_range
 from lampq_rt.plan import Plan
-from lampq_rt.simulate import Simulation
+from lampq_rt.simulate import Simulation, simulate
 from lampq_rt.sites import Kind
 from lampq_rt.standin import stand_in_plan
 
@@ -110,3 +111,19 @@ def softmax_plan(plan: Plan, bits: int, scheme: str) -> Plan:
             if params.kind is Kind.PV and not params.is_float
         }
     )
+
+
+def rms(x: Tensor) -> float:
+    """Root of the mean square."""
+    return float(x.pow(2).mean().sqrt())
+
+
+def assert_paths_agree(model: nn.Module, plan: Plan, images: Tensor, noise_below: float = 0.5) -> None:
+    """Kernels and simulation lie within half of the quantisation error from the reference, which is a share of fp32."""
+    with torch.inference_mode():
+        wanted, truth = model(images), lampq_rt.compile(model, plan, backend="reference")(images)
+        came = lampq_rt.compile(model, plan)(images)
+        simulated = simulate(model, plan)(images)
+    noise = rms(truth - wanted)
+    assert 0 < noise < noise_below * rms(wanted)
+    assert rms(came - truth) <= 0.5 * noise and rms(simulated - truth) <= 0.5 * noise

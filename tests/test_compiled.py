@@ -16,9 +16,8 @@ from lampq_rt.adapters import describe
 from lampq_rt.errors import BackendError, FormatError, ModelError, PlanError
 from lampq_rt.formats import Format
 from lampq_rt.plan import SiteParams
-from lampq_rt.simulate import simulate
 from tests.plans import VARIANTS as COMMON
-from tests.plans import range_plan, tiny_vit
+from tests.plans import assert_paths_agree, range_plan, rms, tiny_vit
 from tests.tracing import exports_with_dynamic_batch, traces_in_one_graph
 
 VARIANTS = {
@@ -32,26 +31,16 @@ def images_for(model: nn.Module, batch: int = 4) -> Tensor:
     return torch.randn(batch, 3, *model.patch_embed.img_size, generator=generator)
 
 
-def rms(x: Tensor) -> float:
-    return float(x.pow(2).mean().sqrt())
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_follow_the_original_and_the_reference(name: str) -> None:
     model = tiny_vit(**VARIANTS[name])
     images = images_for(model)
     plan = range_plan(model, images)
     before = copy.deepcopy(model.state_dict())
+    assert_paths_agree(model, plan, images, noise_below=0.1)
     with torch.inference_mode():
-        wanted = model(images)
-        fast = lampq_rt.compile(model, plan)
-        came = fast(images)
-        truth = lampq_rt.compile(model, plan, backend="reference")(images)
-        simulated = simulate(model, plan)(images)
+        wanted, came = model(images), lampq_rt.compile(model, plan)(images)
     assert came.shape == wanted.shape and came.dtype == torch.float32
-    noise = rms(truth - wanted)
-    assert 0 < noise < 0.1 * rms(wanted)
-    assert rms(came - truth) <= 0.5 * noise and rms(simulated - truth) <= 0.5 * noise
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -68,13 +57,7 @@ def test_any_mix_of_integer_and_floating_point_sites(bits: dict[str, int], varia
     model = tiny_vit(**VARIANTS[variant])
     images = images_for(model)
     plan = range_plan(model, images, bits)
-    with torch.inference_mode():
-        wanted, truth = model(images), lampq_rt.compile(model, plan, backend="reference")(images)
-        came = lampq_rt.compile(model, plan)(images)
-        simulated = simulate(model, plan)(images)
-    noise = rms(truth - wanted)
-    assert 0 < noise < 0.5 * rms(wanted)
-    assert rms(came - truth) <= 0.5 * noise and rms(simulated - truth) <= 0.5 * noise
+    assert_paths_agree(model, plan, images)
 
 
 def test_all_sites_at_16_bits_is_the_original() -> None:

@@ -22,9 +22,8 @@ from lampq_rt.kernels.ops import NATIVE
 from lampq_rt.plan import Plan
 from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.quantizers.log2 import ZERO
-from lampq_rt.simulate import simulate
 from lampq_rt.sites import Kind
-from tests.plans import VARIANTS, range_plan, softmax_plan, tiny_vit
+from tests.plans import VARIANTS, assert_paths_agree, range_plan, softmax_plan, tiny_vit
 from tests.test_ops import attention_case
 
 CUBIC_BITS = range(2, 8)
@@ -35,10 +34,6 @@ def case(p: tuple[int, str], variant: str = "plain", bits: dict[str, int] | int 
     model = tiny_vit(**VARIANTS[variant])
     images = torch.randn(3, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
     return model, softmax_plan(range_plan(model, images, bits), *p), images
-
-
-def rms(x: Tensor) -> float:
-    return float(x.pow(2).mean().sqrt())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -203,13 +198,7 @@ def test_kernels_and_simulation_agree_with_the_reference(
     variant: str, bits: dict[str, int] | int, p: tuple[int, str]
 ) -> None:
     model, plan, images = case(p, variant, bits)
-    with torch.inference_mode():
-        wanted, truth = model(images), lampq_rt.compile(model, plan, backend="reference")(images)
-        came = lampq_rt.compile(model, plan)(images)
-        simulated = simulate(model, plan)(images)
-    noise = rms(truth - wanted)
-    assert 0 < noise < 0.5 * rms(wanted)
-    assert rms(came - truth) <= 0.5 * noise and rms(simulated - truth) <= 0.5 * noise
+    assert_paths_agree(model, plan, images)
 
 
 @pytest.mark.parametrize("p", [(4, "log2"), (5, "cubic")])
