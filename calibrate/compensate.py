@@ -40,13 +40,14 @@ from lampq_rt.calibrate.observe import (
     patches,
 )
 from lampq_rt.calibrate.rounding import gptq
-from lampq_rt.calibrate.search import weight_scale
+from lampq_rt.calibrate.search import weight_steps
 from lampq_rt.calibrate.search.output_error import energy_worth, row_energy
 from lampq_rt.calibrate.spill import Batches
 from lampq_rt.calibrate.steps import DEFAULT_SEARCH, site_params
 from lampq_rt.inputs import quantized_input
 from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
+from lampq_rt.quantizers.levels import of_codes
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import Kind, Site
 
@@ -211,15 +212,16 @@ class _Linear:
         weight, moment, mean_hat = self._regressed(channels.scaled_weight(self.weight, params), params)
         self.x_hat.clear()
         trim()
-        bits = params.formats["weight"].bits
-        scale = weight_scale(weight, bits)
-        codes = gptq(weight, scale, moment, bits)
+        steps = weight_steps(weight, params.formats["weight"])
+        scale, levels = steps["weight.scale"], steps.get("weight.levels")
+        codes = gptq(weight, scale, moment, params.formats["weight"].bits, levels)
         bias = None
         if self.bias is not None:
-            missing = mean.total @ self.weight.t() - mean_hat @ (codes * scale[:, None]).t()
+            values = codes if levels is None else of_codes(codes, levels)
+            missing = mean.total @ self.weight.t() - mean_hat @ (values * scale[:, None]).t()
             bias = (self.bias.detach() + missing).float()
-        tensors = {**params.tensors, "weight.scale": scale.cpu(), "weight.codes": codes.cpu()}
-        return replace(params, tensors=tensors), bias
+        found = {key: tensor.cpu() for key, tensor in {**steps, "weight.codes": codes}.items()}
+        return replace(params, tensors={**params.tensors, **found}), bias
 
     def _regressed(self, weight: Tensor, params: SiteParams) -> tuple[Tensor, Tensor, Tensor]:
         """What becomes of `weight` [N, K], which reads the quantised rows; their second moment [K, K] and mean [K]."""

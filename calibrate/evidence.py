@@ -371,6 +371,7 @@ def _styled(site: Site, formats: backends.Formats, preparation: Preparation) -> 
         p_scheme=preparation.softmax_at(width),
         input_granularity=granularity,
         input_scheme=scheme,
+        weight_scheme=preparation.weights if width in TABLE_BITS else "uniform",
     )
 
 

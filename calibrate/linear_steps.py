@@ -17,7 +17,7 @@ from torch import Tensor
 from lampq_rt import channels
 from lampq_rt.calibrate.observe import LinearObservation
 from lampq_rt.calibrate.rounding import gptq, weighted_moment
-from lampq_rt.calibrate.search import RangeSearch, Steps, weight_scale
+from lampq_rt.calibrate.search import RangeSearch, Steps, weight_steps
 from lampq_rt.calibrate.search.base import LinearSolver
 from lampq_rt.calibrate.search.families import FAMILIES
 from lampq_rt.calibrate.search.output_error import row_worth
@@ -27,8 +27,8 @@ from lampq_rt.inputs import quantized_input
 from lampq_rt.plan import SiteParams
 from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.quantizers.table import GRID_BITS
-from lampq_rt.simulate import quantized_weight
 from lampq_rt.sites import Site
+from lampq_rt.weights import nearest_weight, quantized_weight
 
 EXPONENTS = (0.0, 0.25, 0.5)
 """Of a channel's largest magnitude in its spread."""
@@ -92,18 +92,16 @@ class LinearSteps:
             params = SiteParams(site.kind, formats, tensors)
             x = channels.scaled_input(quantized_input(self.seen.rows, params), params)
             weight, scale = channels.scaled_weight(self.weight, params), tensors["weight.scale"].to(x.device)
-            codes = gptq(weight, scale, weighted_moment(x, self.worth), formats["weight"].bits)
+            moment, levels = weighted_moment(x, self.worth), tensors.get("weight.levels")
+            codes = gptq(weight, scale, moment, formats["weight"].bits, levels)
             tensors = {**tensors, "weight.codes": codes}
         return {key: tensor.cpu() for key, tensor in tensors.items()}
 
     def _tensors(self, view: _View, formats: Mapping[str, Format]) -> dict[str, Tensor]:
-        fmt = formats["weight"]
-        scale = weight_scale(view.weight, fmt.bits)
-        weight_hat = QUANTIZERS.get(fmt.scheme).fake_quantize(view.weight, scale[:, None], None, fmt.bits, weight=True)
-        wanted = formats["input"]
+        tensors, wanted = weight_steps(view.weight, formats["weight"]), formats["input"]
+        weight_hat = nearest_weight(view.weight, formats["weight"], tensors)
         grid = replace(wanted, granularity="tensor", scheme="uniform", bits=wanted.code_bits)
         steps = view.solve(grid, weight_hat)
-        tensors = {"weight.scale": scale}
         if wanted.scheme == "table":
             tensors["input.table"] = self._table(view, steps, weight_hat, wanted.bits)
         zero_point = torch.zeros((), dtype=torch.int32) if steps.zero_point is None else steps.zero_point
@@ -112,7 +110,7 @@ class LinearSteps:
             if steps.zero_point is not None:
                 tensors["input.zero_point"] = zero_point
         else:
-            tensors["weight.scale"] = scale * steps.scale
+            tensors["weight.scale"] = tensors["weight.scale"] * steps.scale
             tensors["input.scale"] = steps.scale * view.spread
             tensors["input.zero_point"] = zero_point.float().expand(len(view.spread)).clone()
         return tensors

@@ -21,9 +21,9 @@ from lampq_rt.calibrate.transforms import TRANSFORMS, Context
 from lampq_rt.edits import differences, edited
 from lampq_rt.errors import DataError
 from lampq_rt.memory import trim
-from lampq_rt.modules import weight_codes
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
+from lampq_rt.weights import weight_codes
 
 
 def prepared(model: nn.Module, images: Tensor, preparation: Preparation, seed: int) -> tuple[nn.Module, dict[str, str]]:

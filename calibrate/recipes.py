@@ -28,6 +28,7 @@ class Preparation:
         softmax: scheme of softmax output where its width allows, a name of `SOFTMAX`; `softmax_at` says which it is.
         fc2_input: "tensor" or "channel": what shares a step of the input of fc2.
         scheme: of the inputs of the blocks' linears at 2..7 bits: "uniform" or "table".
+        weights: scheme of all linears' weights at 2..7 bits: "uniform" or "levels".
         families: kinds of the blocks' linears whose inputs have tables whatever `scheme` says, each with the family of
             its levels (`calibrate/search/families`). The other kinds' tables are of family "optimal".
         rounding: of weights while bits are chosen: "nearest" or "gptq".
@@ -43,6 +44,7 @@ class Preparation:
     families: tuple[tuple[str, str], ...] = ()
     activations: int | None = None
     attention: int | None = None
+    weights: str = "uniform"
 
     def __post_init__(self) -> None:
         if self.softmax not in SOFTMAX:
@@ -80,6 +82,7 @@ STRONG = Preparation(
     fc2_input="channel",
     scheme="table",
     rounding="gptq",
+    weights="levels",
 )
 """The base that `lampq+` chooses bits on; docs/calibration.md says what each part buys."""
 

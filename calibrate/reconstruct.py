@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from lampq_rt.calibrate.observe import Progress
 from lampq_rt.calibrate.resume import Resume
 from lampq_rt.calibrate.straight_through import LearningLinear, learning
-from lampq_rt.channels import scaled_weight
 from lampq_rt.errors import DataError
 from lampq_rt.plan import SiteParams, update_digest, weights_digest
 from lampq_rt.simulate import Simulation
@@ -183,8 +182,7 @@ def _start_near(linears: Mapping[str, LearningLinear], exact: nn.Module, edge: f
     """Move weights from their codes towards the floating-point ones, as far as the codes stay the same."""
     for name, linear in linears.items():
         weight: Any = exact.get_submodule(name).weight
-        wanted = scaled_weight(weight.flatten(1), linear.params) / linear.log_weight_step.exp()[:, None]
-        linear.codes.copy_(wanted.clamp(linear.codes - edge, linear.codes + edge))
+        linear.start_near(weight.flatten(1), edge)
 
 
 def _rest(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lampq_rt.kernels import reference
+from lampq_rt.quantizers.levels import nearest
 
 BLOCK = 64
 """Columns whose updates are gathered before the rest of the weight is touched."""
@@ -27,7 +28,14 @@ def weighted_moment(rows: Tensor, worth: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: float = DAMPING) -> Tensor:
+def gptq(
+    weight: Tensor,
+    scale: Tensor,
+    hessian: Tensor,
+    bits: int,
+    levels: Tensor | None = None,
+    damping: float = DAMPING,
+) -> Tensor:
     """int8 codes [N, K] of `weight`.
 
     Args:
@@ -36,6 +44,7 @@ def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: flo
         hessian: [K, K], second moment of the inputs, positive semidefinite; channels of no energy are rounded to
             nearest.
         bits: width of a code.
+        levels: int8 [2^bits], rising, where codes name unequal levels.
         damping: share of the mean diagonal that is added to the diagonal.
     """
     low, high = reference.code_range(bits, weight=True)
@@ -43,13 +52,18 @@ def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: flo
     upper = _inverse_factor(hessian, order, damping)
     work = (weight[:, order].float() / scale[:, None]).t().contiguous()  # [K, N] in units of the step
     codes = torch.empty_like(work)
+    values = None if levels is None else levels.to(weight.device, torch.float32)
     for start in range(0, len(work), BLOCK):
         stop = min(start + BLOCK, len(work))
         block, errors = work[start:stop], torch.empty_like(work[start:stop])
         factor = upper[start:stop, start:stop]
         for i in range(stop - start):
-            codes[start + i] = block[i].round().clamp_(low, high)
-            errors[i] = (block[i] - codes[start + i]) / factor[i, i]
+            if values is None:
+                codes[start + i] = rounded = block[i].round().clamp_(low, high)
+            else:
+                places = nearest(block[i], values)
+                codes[start + i], rounded = places + low, values[places]
+            errors[i] = (block[i] - rounded) / factor[i, i]
             block[i + 1 :] -= torch.outer(factor[i, i + 1 :], errors[i])
         work[stop:] -= upper[start:stop, stop:].t() @ errors
     result = torch.empty_like(codes)

@@ -19,7 +19,9 @@ from lampq_rt import channels
 from lampq_rt.inputs import quantized_input
 from lampq_rt.kernels import reference
 from lampq_rt.plan import SiteParams
+from lampq_rt.quantizers.levels import nearest
 from lampq_rt.simulate import SimulatedLinear, SimulatedPV, SimulatedQK, SimulatedSite, Simulation
+from lampq_rt.weights import levels_of
 
 
 class LearningLinear(nn.Module):
@@ -27,7 +29,8 @@ class LearningLinear(nn.Module):
 
     Attributes:
         codes: fp32 [N, K], the weight in units of `weight_step`, not rounded.
-        log_weight_step: fp32 [N], natural logarithm of the weight's steps.
+        log_weight_step: fp32 [N], natural logarithm of the weight's steps, the mean distance of two levels.
+        values: fp32 [2^bits], what the codes round to, rising: whole numbers, or levels in mean distances.
         log_input_step: fp32 [], natural logarithm of the input's step; None where every channel has its own, which
             the weight's codes stand for.
         bias: fp32 [N], or None.
@@ -42,11 +45,14 @@ class LearningLinear(nn.Module):
         )  # a list: not a submodule, whose weight would count
         tensors = self.params.tensors
         weight = linear.original.weight
-        fmt = self.params.formats["weight"]
-        self.range = reference.code_range(fmt.bits, weight=True)
-        codes = tensors["weight.codes"].to(weight.device, torch.float32)
-        self.codes = nn.Parameter(codes.clone())
-        self.log_weight_step = nn.Parameter(tensors["weight.scale"].to(weight.device).log())
+        fmt, levels = self.params.formats["weight"], levels_of(self.params)
+        self.lowest, highest = reference.code_range(fmt.bits, weight=True)
+        grid = torch.arange(self.lowest, highest + 1) if levels is None else levels
+        self.unit = 1.0 if levels is None else float(levels[-1] - levels[0].float()) / (len(levels) - 1)
+        self.values = grid.to(weight.device, torch.float32) / self.unit
+        places = tensors["weight.codes"].to(weight.device, torch.int64) - self.lowest
+        self.codes = nn.Parameter(self.values[places])
+        self.log_weight_step = nn.Parameter((tensors["weight.scale"].to(weight.device) * self.unit).log())
         own = None if channels.by_channel(self.params) else tensors["input.scale"].to(weight.device).log()
         self.log_input_step = None if own is None else nn.Parameter(own)
         bias = linear.original.bias
@@ -57,7 +63,7 @@ class LearningLinear(nn.Module):
         if not self.params.formats["input"].is_float:
             step = None if self.log_input_step is None else self.log_input_step.exp()
             x = cast(Tensor, _QuantizedInput.apply(x, step, self.params))
-        rows = cast(Tensor, _QuantizedWeight.apply(self.codes, self.log_weight_step.exp(), *self.range))
+        rows = cast(Tensor, _QuantizedWeight.apply(self.codes, self.log_weight_step.exp(), self.values))
         rows = channels.unscaled_weight(rows, self.params)
         original = self.original[0]
         if isinstance(original, nn.Conv2d):
@@ -65,10 +71,19 @@ class LearningLinear(nn.Module):
         return F.linear(x, rows, self.bias)
 
     @torch.no_grad()
+    def start_near(self, weight: Tensor, edge: float) -> None:
+        """Move from the codes towards `weight`, fp32 [N, K], by at most `edge` of the way to each neighbour."""
+        wanted = channels.scaled_weight(weight, self.params) / self.log_weight_step.exp()[:, None]
+        gaps = F.pad(self.values.diff(), (1, 1), value=1.0)
+        places = nearest(self.codes, self.values).long()
+        own = self.values[places]
+        self.codes.copy_(torch.minimum(torch.maximum(wanted, own - edge * gaps[places]), own + edge * gaps[places + 1]))
+
+    @torch.no_grad()
     def learned(self) -> SiteParams:
         """The site's formats with what was learned, on the CPU."""
-        codes = self.codes.round().clamp(*self.range).to(torch.int8).cpu()
-        tensors = {"weight.codes": codes, "weight.scale": self.log_weight_step.exp().cpu()}
+        codes = (nearest(self.codes, self.values) + self.lowest).to(torch.int8).cpu()
+        tensors = {"weight.codes": codes, "weight.scale": (self.log_weight_step.exp() / self.unit).cpu()}
         if self.log_input_step is not None:
             tensors["input.scale"] = self.log_input_step.exp().cpu()
         return replace(self.params, tensors={**self.params.tensors, **tensors})
@@ -162,12 +177,12 @@ class _QuantizedInput(torch.autograd.Function):
 
 
 class _QuantizedWeight(torch.autograd.Function):
-    """Rounded codes times steps, with gradients of both."""
+    """The nearest values times steps, with gradients of codes and steps."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-        rounded = codes.round().clamp(low, high)
-        inside = (codes > low - 0.5) & (codes < high + 0.5)
+    def forward(ctx: Any, codes: Tensor, step: Tensor, values: Tensor) -> Tensor:
+        rounded = values[nearest(codes, values)]
+        inside = (codes > values[0] - 0.5) & (codes < values[-1] + 0.5)
         ctx.save_for_backward(inside, step, rounded)
         return rounded * step[:, None]
 
@@ -175,4 +190,4 @@ class _QuantizedWeight(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inside, step, rounded = ctx.saved_tensors
         (gradient,) = gradients
-        return gradient * inside * step[:, None], (gradient * rounded).sum(1), None, None
+        return gradient * inside * step[:, None], (gradient * rounded).sum(1), None

@@ -20,6 +20,9 @@ Formats = Mapping[str, Format]
 TABLE_KINDS = BLOCK_LINEARS
 """Kinds whose input may have levels from a table."""
 
+WEIGHT_SCHEMES = ("uniform", "levels")
+"""Of the weights of any linear."""
+
 
 def formats(
     kind: Kind,
@@ -29,6 +32,7 @@ def formats(
     p_scheme: str = "rowmax",
     input_granularity: str = "tensor",
     input_scheme: str = "uniform",
+    weight_scheme: str = "uniform",
 ) -> dict[str, Format]:
     """The formats of a site of that kind at a width: weight and input share it (LampQ), as do a matmul's two operands.
 
@@ -40,10 +44,11 @@ def formats(
         input_granularity: of a linear's input: "tensor", or "channel", which fc2 has alone: GELU of fc1 makes its
             codes, where a step a column costs nothing.
         input_scheme: of a linear's input: "uniform", or "table", which the blocks' linears have, at 2..7 bits.
+        weight_scheme: of a linear's weight: "uniform", or "levels", at 2..7 bits.
 
     Raises:
         FormatError: no such scheme of softmax output, or not at that width; no such granularity at that kind; no such
-            scheme of the input at that kind, or not at that width.
+            scheme of the input at that kind, or of the weight, or not at that width.
     """
     if bits == FLOAT_BITS:
         operands = {Kind.QK: ("q", "k"), Kind.PV: ("p", "v")}.get(kind, ("weight", "input"))
@@ -58,10 +63,12 @@ def formats(
     if input_scheme not in (("uniform", "table") if kind in TABLE_KINDS else ("uniform",)):
         allowed = "uniform, table" if kind in TABLE_KINDS else "uniform (table at linears of blocks only)"
         raise FormatError(f"scheme {input_scheme!r} of the input of a {kind}; allowed: {allowed}")
+    if weight_scheme not in WEIGHT_SCHEMES:
+        raise FormatError(f"scheme {weight_scheme!r} of a weight; allowed: {', '.join(WEIGHT_SCHEMES)}")
     if input_bits is None:
         input_bits = 8 if kind is Kind.PATCH_EMBED else bits
     return {
-        "weight": Format(bits, "uniform", "channel", True),
+        "weight": Format(bits, weight_scheme, "channel", True),
         "input": Format(input_bits, input_scheme, input_granularity, False),
     }
 
@@ -102,6 +109,7 @@ def check_formats(site: Site, chosen: Formats) -> None:
         p_scheme = came.scheme if operand == "p" and came.scheme in SOFTMAX_SCHEMES else "rowmax"
         granularity = came.granularity if operand == "input" else "tensor"
         scheme = "table" if operand == "input" and came.scheme == "table" else "uniform"
+        of_weight = came.scheme if operand == "weight" and came.scheme in WEIGHT_SCHEMES else "uniform"
         try:
             allowed = formats(
                 site.kind,
@@ -110,6 +118,7 @@ def check_formats(site: Site, chosen: Formats) -> None:
                 p_scheme=p_scheme,
                 input_granularity=granularity,
                 input_scheme=scheme,
+                weight_scheme=of_weight,
             )[operand]
         except FormatError as error:
             raise FormatError(f"{site.name}: {operand} is {came}; {error}") from None

@@ -49,7 +49,7 @@ def folded_bias(bias: Tensor | None, codes: Tensor, params: SiteParams, gamma: T
 
     Args:
         bias: fp32 [N] or None.
-        codes: int8 [N, K] of the weight.
+        codes: int8 [N, K], what multiplies.
         params: of the site, its input by channel.
         gamma: fp32 [N], LayerScale to fold in, or None.
     """

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lampq_rt import backends, files, plan_io
+from lampq_rt import backends, files, plan_io, weights
 from lampq_rt.errors import CheckpointError, FormatError, ModelError, PlanError
 from lampq_rt.kernels import packing, reference
 from lampq_rt.plan import Plan, SiteParams
@@ -148,11 +148,27 @@ def _derived(blank: _Blank, codes: Mapping[str, Tensor], plan: Plan) -> dict[str
     for name, site in blank.linears.items():
         linear = blank.module.get_submodule(name)
         assert isinstance(linear, IntegerLinear), name
-        known[f"{name}.w_q"] = packing.weight_container(codes[name], linear.w_bits)
-        known[f"{name}.column"] = reference.column_constant(codes[name], linear.input.zero_point)
+        params = plan.sites[site]
+        known[f"{name}.w_q"], levels = weights.container(codes[name], params)
+        if levels is not None:
+            known[f"{name}.levels"] = levels
+        known[f"{name}.column"] = reference.column_constant(
+            weights.values(codes[name], params), linear.input.zero_point
+        )
         if not linear.has_gamma:
-            known[f"{name}.scale"] = product_scale(plan.sites[site], torch.device("cpu"))
+            known[f"{name}.scale"] = product_scale(params, torch.device("cpu"))
     return known
+
+
+def _contained(blank: _Blank, state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """int8 [N, K] codes of each linear, as they lie in the model."""
+    found = {}
+    for name, site in blank.linears.items():
+        try:
+            found[name] = weights.contained_codes(state[f"{name}.w_q"], plan.sites[site])
+        except ValueError as error:
+            raise CheckpointError(f"codes of {name}: {error}") from None
+    return found
 
 
 def _encoded(model: CompiledModel) -> bytearray:
@@ -160,7 +176,7 @@ def _encoded(model: CompiledModel) -> bytearray:
     plan = model.plan
     blank = _blank(model.architecture, plan)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.model.state_dict().items()}
-    codes = {name: reference.dense_weight(state[f"{name}.w_q"]) for name in blank.linears}
+    codes = _contained(blank, state, plan)
     derived = _derived(blank, codes, plan)
     if state.keys() != blank.module.state_dict().keys():
         odd = sorted(state.keys() ^ blank.module.state_dict().keys())[0]

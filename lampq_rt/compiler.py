@@ -14,7 +14,7 @@ from lampq_rt import backends
 from lampq_rt.edits import edited
 from lampq_rt.errors import PlanError
 from lampq_rt.plan import Plan
-from lampq_rt.quantizers import table
+from lampq_rt.quantizers import levels, table
 from lampq_rt.runner import GraphRunner, l2_bytes, micro_batch_for
 from lampq_rt.sites import Description, Site
 
@@ -201,6 +201,8 @@ def _check_tensors(site: Site, plan: Plan) -> None:
             wanted[f"{operand}.zero_point"] = (torch.float32 if shape else torch.int32, shape)
         if fmt.scheme == "table":
             wanted[f"{operand}.table"] = (torch.int8, (table.ENTRIES,))
+        if fmt.scheme == "levels":
+            wanted[f"{operand}.levels"] = (torch.int8, (1 << fmt.bits,))
     optional = {"weight.codes": (torch.int8, (site.out_features, site.in_features))}
     for key in wanted:
         if key not in params.tensors:
@@ -218,6 +220,8 @@ def _check_tensors(site: Site, plan: Plan) -> None:
         if key.endswith(".zero_point") and not bool(tensor.isfinite().all()):
             raise PlanError(f"site {name!r}: {key} must be finite")
         if key == "input.table" and (wrong := table.flaw(tensor, params.formats["input"].bits)):
+            raise PlanError(f"site {name!r}: {key} {wrong}")
+        if key == "weight.levels" and (wrong := levels.flaw(tensor, params.formats["weight"].bits)):
             raise PlanError(f"site {name!r}: {key} {wrong}")
 
 

@@ -18,7 +18,7 @@ SOFTMAX_SCHEMES = tuple(SOFTMAX_BITS)
 """Schemes of softmax output. Their steps are fixed, so a plan holds none."""
 
 TABLE_BITS = INTEGER_BITS[:-1]
-"""Widths of scheme "table", whose levels lie on the 8-bit grid (docs/numerics.md, "Tables")."""
+"""Widths of schemes "table" and "levels", whose levels lie on the 8-bit grid (docs/numerics.md)."""
 
 GRANULARITIES = ("tensor", "head", "channel", "row")
 
@@ -30,7 +30,8 @@ class Format:
     Attributes:
         bits: width of a code, 2..8, or 16 for floating point.
         scheme: name of the quantizer (`lampq_rt.quantizers`): "uniform"; "table" for inputs of blocks' linears whose
-            levels lie anywhere on the 8-bit grid (docs/numerics.md, "Tables"), 2..7 bits; of softmax output (rule 7)
+            levels lie anywhere on the 8-bit grid (docs/numerics.md, "Tables"), 2..7 bits; "levels" for weights whose
+            codes name such levels ("Levels of weights"), 2..7 bits; of softmax output (rule 7)
             "rowmax", where the row's maximum has the top code, "log2", powers of two, at most 4 bits, and "cubic",
             codes of the cube root, at most 7; "float" for 16 bits.
         granularity: what shares one step: "tensor", "head", "channel" (output channel of a weight; input channel of
@@ -48,8 +49,8 @@ class Format:
             raise FormatError(f"bits = {self.bits!r}; allowed: 2..8, or 16 for floating point")
         if (self.bits == FLOAT_BITS) != (self.scheme == "float"):
             raise FormatError(f"{self.bits} bits with scheme {self.scheme!r}; 16 bits and scheme 'float' go together")
-        if self.scheme == "table" and self.bits not in TABLE_BITS:
-            raise FormatError(f"{self.bits} bits with scheme 'table'; allowed: 2..7 (8 are the uniform grid)")
+        if self.scheme in ("table", "levels") and self.bits not in TABLE_BITS:
+            raise FormatError(f"{self.bits} bits with scheme {self.scheme!r}; allowed: 2..7 (8 are the uniform grid)")
         if self.granularity not in GRANULARITIES:
             raise FormatError(f"granularity {self.granularity!r}; allowed: {', '.join(GRANULARITIES)}")
 

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lampq_rt import channels, files, inputs
+from lampq_rt import channels, files, inputs, weights
 from lampq_rt.errors import PlanError
 from lampq_rt.formats import FLOAT_BITS, Format
 from lampq_rt.kernels.packing import container_bytes, packed_bytes
@@ -195,6 +195,8 @@ def check_plot(path: Path) -> None:
 
 
 def _format_text(operand: str, fmt: Format) -> str:
+    if operand == "weight" and fmt.scheme == "levels":
+        return f"{fmt.bits} levels"
     if operand == "input" and fmt.granularity == "channel":
         return f"{fmt.bits} by channel" + (" from a table" if fmt.scheme == "table" else "")
     if operand == "input" and fmt.scheme == "table":
@@ -212,6 +214,7 @@ def _layer(name: str, params: SiteParams, score: Any) -> Layer:
             memory += sum(t.numel() * t.element_size() for t in channels.vectors(params) if t is not None)
         table = inputs.table_of(params)
         memory += 0 if table is None else table.numel()
+        memory += weights.level_bytes(params)
         disk = packed_bytes(params.params, params.bits)
     return Layer(
         name=name,

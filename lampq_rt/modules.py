@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lampq_rt import channels, inputs
+from lampq_rt import channels, inputs, weights
 from lampq_rt.formats import FLOAT_BITS
-from lampq_rt.kernels import packing, reference
+from lampq_rt.kernels import reference
 from lampq_rt.kernels.ops import ops
 from lampq_rt.plan import SiteParams
-from lampq_rt.quantizers import QUANTIZERS
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class IntegerLinear(nn.Module):
     Where the plan gives every channel of its input a step (`channels`), `input_inv_scale` and `input_offset` are
     fp32 [K], which whoever makes the codes takes from here; else None. So is `table`, int8 [256], where the plan gives
     its input levels from a table: what comes, and what the dot product reads, are then levels of the 8-bit grid.
+    `levels`, int8 [16], are those of the weight's packed codes where its scheme is "levels" (`weights.container`).
 
     Args:
         weight: fp32 [N, K].
@@ -87,6 +87,7 @@ class IntegerLinear(nn.Module):
     input_inv_scale: Tensor | None
     input_offset: Tensor | None
     table: Tensor | None
+    levels: Tensor | None
 
     def __init__(
         self,
@@ -102,12 +103,15 @@ class IntegerLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.input = Step.of(params, width=self.in_features)
         self.has_gamma = gamma is not None
-        codes = weight_codes(weight.detach().float(), params)
-        self.register_buffer("w_q", packing.weight_container(codes, self.w_bits))
+        codes = weights.weight_codes(weight.detach().float(), params)
+        w_q, levels = weights.container(codes, params)
+        values = weights.values(codes, params)
+        self.register_buffer("w_q", w_q)
+        self.register_buffer("levels", levels)
         self.register_buffer("scale", product_scale(params, weight.device, gamma))
-        self.register_buffer("column", reference.column_constant(codes, self.input.zero_point))
+        self.register_buffer("column", reference.column_constant(values, self.input.zero_point))
         if channels.by_channel(params):
-            bias = channels.folded_bias(bias, codes, params, gamma)
+            bias = channels.folded_bias(bias, values, params, gamma)
         elif bias is not None:
             bias = bias.detach().float()
             bias = bias.clone() if gamma is None else bias * gamma.detach().float()
@@ -144,24 +148,27 @@ class IntegerLinear(nn.Module):
             reader: whose input they are.
             activation: "none" or "gelu".
         """
-        args = (x_q, self.w_q, self.scale, self.column, self.bias, activation)
+        args, run = (x_q, self.w_q, self.scale, self.column, self.bias, activation), ops(self.backend)
         if reader.vectors is not None:
-            return ops(self.backend).linear_requant_channels(*args, *reader.vectors, *reader.codes(x_q)[2:])
-        return ops(self.backend).linear_requant(*args, *reader.codes(x_q))
+            tail = (*reader.vectors, *reader.codes(x_q)[2:])
+            return run.linear_requant_channels(*args, *tail, levels=self.levels)
+        return run.linear_requant(*args, *reader.codes(x_q), levels=self.levels)
 
     def to_float(self, x_q: Tensor, dtype: torch.dtype = torch.float32, activation: str = "none") -> Tensor:
         """[..., N] in `dtype`."""
         args = (x_q, self.w_q, self.scale, self.column, self.bias, activation)
-        return ops(self.backend).linear_float(*args, dtype)
+        return ops(self.backend).linear_float(*args, dtype, levels=self.levels)
 
     def add_to(self, x: Tensor, x_q: Tensor) -> None:
         """x += the result, in place."""
-        ops(self.backend).linear_residual(x, x_q, self.w_q, self.scale, self.column, self.bias)
+        args = (x, x_q, self.w_q, self.scale, self.column, self.bias)
+        ops(self.backend).linear_residual(*args, levels=self.levels)
 
     def add_to_and_norm(self, x: Tensor, x_q: Tensor, norm: QuantizingNorm, reader: IntegerLinear) -> Tensor:
         """x += the result, in place; the codes for `reader` that `norm`, a LayerNorm's, makes of the new x."""
         args = (x, x_q, self.w_q, self.scale, self.column, self.bias)
-        return ops(self.backend).linear_residual_layernorm(*args, *norm.layernorm(), *reader.codes(x))
+        tail = (*norm.layernorm(), *reader.codes(x))
+        return ops(self.backend).linear_residual_layernorm(*args, *tail, levels=self.levels)
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -226,8 +233,8 @@ class IntegerAttention(nn.Module):
 
     def heads_from_codes(self, qkv: IntegerLinear, x_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v codes from the codes that enter the qkv linear."""
-        args = (x_q, qkv.w_q, qkv.scale, qkv.column, qkv.bias)
-        return ops(self.backend).linear_qkv(*args, self.heads, self.steps, self.qk_bits, self.v_bits)
+        args = (x_q, qkv.w_q, qkv.scale, qkv.column, qkv.bias, self.heads, self.steps, self.qk_bits, self.v_bits)
+        return ops(self.backend).linear_qkv(*args, levels=qkv.levels)
 
     def heads_from_float(self, qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v codes from floating point [B, N, 3*H*d], after LayerNorm of q and k where the model has it."""
@@ -292,16 +299,6 @@ class IntegerPatchConv(nn.Module):
         patches = codes.unflatten(-1, (columns, pw)).unflatten(-3, (rows, ph))  # [B, C, rows, ph, columns, pw]
         x_q = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, rows*columns, C*ph*pw]
         return self.linear.to_float(x_q).transpose(1, 2).unflatten(2, (rows, columns))
-
-
-def weight_codes(weight: Tensor, params: SiteParams) -> Tensor:
-    """int8 [N, K] codes of a weight: the plan's where it decided the rounding, else nearest."""
-    given = params.tensors.get("weight.codes")
-    if given is not None:
-        return given.to(weight.device)
-    fmt, scale = params.formats["weight"], params.tensors["weight.scale"].to(weight.device)
-    weight = channels.scaled_weight(weight, params)
-    return QUANTIZERS.get(fmt.scheme).quantize(weight, scale[:, None], None, fmt.bits, weight=True).to(torch.int8)
 
 
 def product_scale(params: SiteParams, device: torch.device, gamma: Tensor | None = None) -> Tensor:

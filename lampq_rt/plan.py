@@ -31,7 +31,8 @@ class SiteParams:
         formats: one `Format` per operand ("weight" and "input"; "q" and "k"; "p" and "v").
         tensors: steps by key: "weight.scale" fp32 [N]; "input.scale" fp32 [] and "input.zero_point" int32 [], or both
             fp32 [K] where the input's format is by channel (then the weight's steps are those of W * input.scale);
-            "input.table" int8 [256] where its scheme is "table";
+            "input.table" int8 [256] where its scheme is "table"; "weight.levels" int8 [2^bits] where its scheme is
+            "levels";
             "q.scale", "k.scale", "v.scale" fp32 [H]; optional "weight.codes" int8 [N, K] where rounding was decided
             elsewhere. A floating-point site has none.
         params: elements of the weight, for means and sizes; 0 for a matmul.

@@ -26,7 +26,7 @@ from lampq_rt.errors import FormatError, PlanError
 from lampq_rt.formats import Format
 from lampq_rt.kernels import reference
 from lampq_rt.plan import RESIDUAL_DTYPES, Plan, SiteParams
-from lampq_rt.quantizers import QUANTIZERS, table
+from lampq_rt.quantizers import QUANTIZERS, levels, table
 from lampq_rt.sites import OPERANDS, Kind
 from lampq_rt.version import __version__
 
@@ -217,6 +217,8 @@ def _parse_site(name: str, entry: Any, tensors: dict[str, Tensor], where: str) -
             raise PlanError(f"{path}: the tensor {key} is missing")
     if "input.table" in tensors and (wrong := table.flaw(tensors["input.table"], formats["input"].bits)):
         raise PlanError(f"{path}: tensor input.table {wrong}")
+    if "weight.levels" in tensors and (wrong := levels.flaw(tensors["weight.levels"], formats["weight"].bits)):
+        raise PlanError(f"{path}: tensor weight.levels {wrong}")
     return SiteParams(kind, formats, tensors, params)
 
 
@@ -244,6 +246,8 @@ def _wanted_tensors(formats: Mapping[str, Format]) -> dict[str, _Wanted]:
             wanted[f"{operand}.zero_point"] = (torch.int32, 0, reference.code_range(fmt.code_bits))
         if operand == "input" and fmt.scheme == "table":
             wanted["input.table"] = (torch.int8, 1, reference.code_range(fmt.code_bits))
+        if operand == "weight" and fmt.scheme == "levels":
+            wanted["weight.levels"] = (torch.int8, 1, (-levels.TOP, levels.TOP))
         if operand == "weight":
             wanted["weight.codes"] = (torch.int8, 2, reference.code_range(fmt.bits, weight=True))
     return wanted

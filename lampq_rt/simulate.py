@@ -13,13 +13,12 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lampq_rt import channels
 from lampq_rt.edits import edited
 from lampq_rt.inputs import quantized_input
-from lampq_rt.modules import weight_codes
 from lampq_rt.plan import Plan, SiteParams
 from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.sites import Description
+from lampq_rt.weights import dequantized, weight_codes
 
 
 class SimulatedSite(nn.Module):
@@ -61,7 +60,7 @@ class SimulatedLinear(SimulatedSite):
             return self.original.weight
         if self._held is not None:
             return self._held
-        return _weight_from_codes(*self._codes).view_as(self.original.weight)
+        return dequantized(*self._codes).view_as(self.original.weight)
 
     def hold(self) -> None:
         """Make the weight once for all uses up to `release`."""
@@ -119,24 +118,6 @@ class SimulatedPV(SimulatedSite):
         if operand == "p" and not fmt.is_float:
             return QUANTIZERS.get(fmt.scheme).fake_quantize(x, x.new_ones(()), None, fmt.bits)
         return super().fake(operand, x, per_head=per_head)
-
-
-def quantized_weight(weight: Tensor, params: SiteParams) -> Tensor:
-    """`weight` [N, ...] at its plan's format, dequantised, same shape. Uses the plan's codes where it holds them."""
-    fmt, scale = params.formats["weight"], params.tensors["weight.scale"].to(weight.device)
-    codes = params.tensors.get("weight.codes")
-    if codes is not None:
-        return _weight_from_codes(codes.to(weight.device), params).view_as(weight)
-    rows = channels.scaled_weight(weight.flatten(1), params)
-    rows = QUANTIZERS.get(fmt.scheme).fake_quantize(rows, scale[:, None], None, fmt.bits, weight=True)
-    return channels.unscaled_weight(rows, params).view_as(weight)
-
-
-def _weight_from_codes(codes: Tensor, params: SiteParams) -> Tensor:
-    """fp32 [N, K] of int8 codes."""
-    scale = params.tensors["weight.scale"].to(codes.device)
-    rows = QUANTIZERS.get(params.formats["weight"].scheme).dequantize(codes, scale[:, None], None)
-    return channels.unscaled_weight(rows, params)
 
 
 class Simulation(nn.Module):

@@ -101,6 +101,29 @@ def table_plan(plan: Plan, bits: int, kinds: tuple[Kind, ...] = (Kind.FC2, Kind.
     return plan.with_sites(sites)
 
 
+def uneven_levels(bits: int) -> Tensor:
+    """Rising levels of that width, -127 and 127 among them, that crowd around 0 and are not symmetric."""
+    places = torch.linspace(-1, 1, 1 << bits, dtype=torch.float64)
+    levels = (127 * places.sign() * places.abs() ** 1.4 - 0.4 * (1 - places.abs())).round()
+    steps = torch.arange(len(levels))
+    rising = (levels.to(torch.int64) - steps).cummax(0).values + steps  # 7 bits have twins near 0
+    return torch.minimum(rising, 127 - steps.flip(0)).to(torch.int8)
+
+
+def levels_plan(plan: Plan, bits: int, kinds: tuple[Kind, ...] | None = None) -> Plan:
+    """`plan` with weights of that width whose codes name uneven levels, in every integer linear (of these kinds)."""
+    sites = {}
+    for name, params in plan.sites.items():
+        if "weight" not in params.formats or params.is_float or (kinds is not None and params.kind not in kinds):
+            continue
+        fmt = params.formats["weight"]
+        step = params.tensors["weight.scale"] * (code_range(fmt.bits, weight=True)[1] / 127)
+        formats = {**params.formats, "weight": replace(fmt, bits=bits, scheme="levels")}
+        tensors = {**params.tensors, "weight.scale": step, "weight.levels": uneven_levels(bits)}
+        sites[name] = replace(params, formats=formats, tensors=tensors)
+    return plan.with_sites(sites)
+
+
 def softmax_plan(plan: Plan, bits: int, scheme: str) -> Plan:
     """`plan` with every integer P in codes of that scheme and width."""
     fmt = Format(bits, scheme, "row")

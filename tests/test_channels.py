@@ -23,11 +23,12 @@ from lampq_rt.kernels.cpu import linear, machine, native
 from lampq_rt.kernels.gpu.work import LinearWork
 from lampq_rt.kernels.ops import NATIVE, REFERENCE
 from lampq_rt.latency.calls import Tracer
-from lampq_rt.modules import IntegerLinear, weight_codes
+from lampq_rt.modules import IntegerLinear
 from lampq_rt.plan import Plan, SiteParams
-from lampq_rt.simulate import quantized_weight, simulate
+from lampq_rt.simulate import simulate
 from lampq_rt.sites import Kind
 from lampq_rt.tuning import recorded
+from lampq_rt.weights import quantized_weight, weight_codes
 from tests.plans import VARIANTS, channel_plan, range_plan, tiny_vit
 from tests.tracing import exports_with_dynamic_batch, traces_in_one_graph
 

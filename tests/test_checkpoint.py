@@ -25,8 +25,8 @@ from lampq_rt import checkpoint
 from lampq_rt.compiler import CompiledModel
 from lampq_rt.errors import BackendError, CheckpointError
 from lampq_rt.formats import FLOAT
-from lampq_rt.modules import weight_codes
 from lampq_rt.plan import Plan
+from lampq_rt.weights import weight_codes
 from tests.plans import VARIANTS as COMMON
 from tests.plans import range_plan, tiny_vit
 

@@ -44,7 +44,7 @@ def plan(model: nn.Module, images: Tensor) -> Plan:
 
 def start(model: nn.Module, plan: Plan) -> Simulation:
     """A simulation that may be used up; the plan's codes are spelt out, as a compensated plan's are."""
-    from lampq_rt.modules import weight_codes
+    from lampq_rt.weights import weight_codes
 
     simulation = Simulation(copy.deepcopy(model)).float()
     sites = {}

@@ -26,9 +26,10 @@ from lampq_rt.latency.calls import Tracer
 from lampq_rt.modules import IntegerLinear
 from lampq_rt.plan import Plan, SiteParams
 from lampq_rt.quantizers import QUANTIZERS, table
-from lampq_rt.simulate import quantized_weight, simulate
+from lampq_rt.simulate import simulate
 from lampq_rt.sites import Kind
 from lampq_rt.tuning import recorded
+from lampq_rt.weights import quantized_weight
 from tests.plans import VARIANTS, channel_plan, range_plan, table_plan, tiny_vit, uneven_table
 from tests.tracing import exports_with_dynamic_batch, traces_in_one_graph
 

@@ -22,7 +22,7 @@ from lampq_rt.calibrate.metrics.base import PENALTIES, Evidence, Score
 from lampq_rt.calibrate.metrics.fisher import Fisher
 from lampq_rt.inputs import quantized_input
 from lampq_rt.plan import SiteParams
-from lampq_rt.simulate import quantized_weight
+from lampq_rt.weights import quantized_weight
 
 
 @PENALTIES.register("fisher-output")

@@ -7,7 +7,7 @@ weights' ranges and their clipping, but not the error of the activations.
 from __future__ import annotations
 
 from lampq_rt.calibrate.metrics.base import PENALTIES, Evidence, Score
-from lampq_rt.simulate import quantized_weight
+from lampq_rt.weights import quantized_weight
 
 
 @PENALTIES.register("trace-dw")

@@ -138,8 +138,8 @@ class CallRecorder(TorchDispatchMode):
                 value = kwargs[argument.name]
             else:
                 continue
-            if argument.name == _FREE:
-                continue
+            if argument.name == _FREE or (argument.name == "levels" and (value is None or self.device == "cpu")):
+                continue  # on a CPU, levels are looked up once, when the weight is laid out anew
             found.append((argument.name, self._spec(func._schema.name, argument.name, value)))
         call = Call(str(func._schema.name) + "." + func._overloadname, tuple(found))
         return _with_one_step(call) if func._schema.name in _BY_CHANNEL else call
@@ -223,6 +223,9 @@ def blank_params(site: Site, formats: Formats) -> SiteParams:
         tensors["input.zero_point"] = torch.zeros_like(tensors["input.scale"])
     if "input" in formats and formats["input"].scheme == "table":
         tensors["input.table"] = torch.zeros(ENTRIES, dtype=torch.int8)
+    if "weight" in formats and formats["weight"].scheme == "levels":
+        first = -(1 << formats["weight"].bits - 1)
+        tensors["weight.levels"] = torch.arange(first, -first, dtype=torch.int8)
     if "weight.scale" in tensors:
         tensors["weight.codes"] = torch.empty((site.out_features, site.in_features), dtype=torch.int8, device="meta")
     return SiteParams(site.kind, dict(formats), tensors, site.params)
