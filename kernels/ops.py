@@ -21,7 +21,9 @@ from lampq_rt.kernels.cpu import impl as cpu
 LIBRARY = torch.library.Library("lampq", "DEF")
 
 _LINEAR = "Tensor x_q, Tensor w_q, Tensor scale, Tensor column, Tensor? bias"
-_HEADS = "int heads, Tensor out_inv_scale, int qk_bits, int v_bits) -> (Tensor, Tensor, Tensor)"
+_LEVELS = "Tensor? levels=None"
+_HEADS = "int heads, Tensor out_inv_scale, int qk_bits, int v_bits"
+_HEADS_OUT = "(Tensor, Tensor, Tensor)"
 _CODES = "ScalarType dtype, Tensor? table=None"
 _OUT = f"float out_inv_scale, int out_zero_point, int out_bits, {_CODES}"
 _OUT_CHANNELS = f"Tensor out_inv_scale, Tensor out_offset, int out_bits, {_CODES}"
@@ -31,15 +33,15 @@ SCHEMAS = {
     "quantize_channels": f"(Tensor x, Tensor inv_scale, Tensor offset, int bits, {_CODES}) -> Tensor",
     "layernorm_quantize": "(Tensor x, Tensor? weight, Tensor? bias, float eps, float inv_scale, int zero_point, "
     f"int bits, {_CODES}) -> Tensor",
-    "linear_float": f"({_LINEAR}, str activation, ScalarType dtype) -> Tensor",
-    "linear_requant": f"({_LINEAR}, str activation, {_OUT}) -> Tensor",
-    "linear_requant_channels": f"({_LINEAR}, str activation, {_OUT_CHANNELS}) -> Tensor",
-    "linear_residual": f"(Tensor(a!) x, {_LINEAR}) -> ()",
+    "linear_float": f"({_LINEAR}, str activation, ScalarType dtype, {_LEVELS}) -> Tensor",
+    "linear_requant": f"({_LINEAR}, str activation, {_OUT}, {_LEVELS}) -> Tensor",
+    "linear_requant_channels": f"({_LINEAR}, str activation, {_OUT_CHANNELS}, {_LEVELS}) -> Tensor",
+    "linear_residual": f"(Tensor(a!) x, {_LINEAR}, {_LEVELS}) -> ()",
     "linear_residual_layernorm": f"(Tensor(a!) x, {_LINEAR}, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-    f"float inv_scale, int zero_point, int bits, {_CODES}) -> Tensor",
-    "linear_qkv": f"({_LINEAR}, {_HEADS}",
+    f"float inv_scale, int zero_point, int bits, {_CODES}, {_LEVELS}) -> Tensor",
+    "linear_qkv": f"({_LINEAR}, {_HEADS}, {_LEVELS}) -> {_HEADS_OUT}",
     "heads_quantize": "(Tensor qkv, bool norm, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "
-    f"float eps, {_HEADS}",
+    f"float eps, {_HEADS}) -> {_HEADS_OUT}",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor logit_scale, Tensor v_scale, int p_bits, str p_scheme, "
     f"{_OUT}) -> Tensor",
 }
@@ -53,7 +55,7 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _dtype(args: Sequence[Any]) -> torch.dtype:
-    """The container or dtype of the result: the last of an op's arguments but for a table."""
+    """The container or dtype of the result: the last of an op's arguments but for tables and levels."""
     return next(a for a in reversed(args) if isinstance(a, torch.dtype))
 
 
@@ -112,10 +114,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
 def _on_gpu(name: str) -> Callable[..., Any]:
     """The Triton launcher of that name; Triton is imported by the first call, not by importing this package."""
 
-    def launch(*args: Any) -> Any:
+    def launch(*args: Any, **kwargs: Any) -> Any:
         from lampq_rt.kernels.gpu import impl
 
-        return getattr(impl, name)(*args)
+        return getattr(impl, name)(*args, **kwargs)
 
     return launch
 

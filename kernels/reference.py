@@ -1,10 +1,8 @@
 """The truth: every op of `kernels/ops.py` in plain torch, slow and exact. Fast paths must meet it (docs/numerics.md).
 
-Codes of activations travel in one of three containers, named by the dtype that a producer is asked for: `int8` holds
-the signed code; `uint8` holds code + 128 (what VNNI instructions read); `int4` is two codes a byte, a uint8
-tensor [..., K/2] in the order of `pack_int4`, which a consumer knows by its width. Zero-points are always those of
-the signed code. Weights are int8 [N, K], or packed uint8 [N, K/2]. Matrix products run in fp64, where every sum of
-products of codes is exact.
+`containers.py`, whose names are given out here, says how codes lie in memory. Matrix products run in fp64, where every
+sum of products of codes is exact. An op that reads a packed weight takes `levels` as its last argument, int8 [16] where
+the weight's codes name levels from a table (`dense_weight`).
 """
 
 import math
@@ -13,17 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OFFSET = 128
-"""What the uint8 container adds to a signed code."""
-
-INT4 = torch.int4  # type: ignore[attr-defined]  # torch's stubs do not know it yet
-"""Names the container with two codes a byte."""
+from lampq_rt.kernels.containers import INT4 as INT4
+from lampq_rt.kernels.containers import LEVELS as LEVELS
+from lampq_rt.kernels.containers import NIBBLE_GROUP as NIBBLE_GROUP
+from lampq_rt.kernels.containers import OFFSET as OFFSET
+from lampq_rt.kernels.containers import column_constant as column_constant
+from lampq_rt.kernels.containers import dense_weight as dense_weight
+from lampq_rt.kernels.containers import load_codes as load_codes
+from lampq_rt.kernels.containers import pack_int4 as pack_int4
+from lampq_rt.kernels.containers import store_codes as store_codes
+from lampq_rt.kernels.containers import unpack_int4 as unpack_int4
 
 FLOAT_BITS = 16
 """`out_bits` that asks for a floating-point result."""
-
-NIBBLE_GROUP = 64
-"""Channels of K that share 32 bytes: byte j holds channel j (low nibble) and channel j + 32 (high nibble)."""
 
 SOFTMAX_BITS = {"rowmax": 8, "log2": 4, "cubic": 7}
 """Schemes of P and the widest codes of each: 2^0 ... 2^-15 of "log2" and an int8 v are exact in fp16, and weights of
@@ -42,46 +42,6 @@ def code_range(bits: int, *, weight: bool = False) -> tuple[int, int]:
 def round_codes(x: Tensor, inv_scale: Tensor | float, zero_point: Tensor | float, low: int, high: int) -> Tensor:
     """clamp(rne(x * inv_scale + zero_point)) as fp32; the sum is rounded to fp32 before rne (rule 1)."""
     return (x * inv_scale).add_(zero_point).round_().clamp_(low, high)
-
-
-def store_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Signed codes (any dtype) in the int8, uint8 or int4 container."""
-    if dtype == INT4:
-        return pack_int4(codes.to(torch.int8))
-    return (codes + OFFSET).to(torch.uint8) if dtype == torch.uint8 else codes.to(torch.int8)
-
-
-def load_codes(stored: Tensor, width: int | None = None) -> Tensor:
-    """Signed codes, int32, of a container; `width` is the number of codes in a row, by which int4 is known."""
-    if width is not None and stored.shape[-1] != width:
-        return unpack_int4(stored).to(torch.int32)
-    codes = stored.to(torch.int32)
-    return codes - OFFSET if stored.dtype == torch.uint8 else codes
-
-
-def pack_int4(codes: Tensor) -> Tensor:
-    """Two 4-bit codes a byte.
-
-    Args:
-        codes: int8 [..., K], -8..7, K a multiple of 64.
-
-    Returns:
-        uint8 [..., K/2]; see `NIBBLE_GROUP` for the order.
-    """
-    groups = codes.unflatten(-1, (-1, 2, NIBBLE_GROUP // 2)).to(torch.uint8)
-    return ((groups[..., 0, :] & 15) | (groups[..., 1, :] << 4)).flatten(-2)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """Undo `pack_int4`: uint8 [..., K/2] to int8 [..., K]."""
-    groups = packed.unflatten(-1, (-1, NIBBLE_GROUP // 2)).to(torch.int16)
-    nibbles = torch.stack((groups & 15, groups >> 4), dim=-2)
-    return ((nibbles ^ 8) - 8).to(torch.int8).flatten(-3)
-
-
-def dense_weight(w_q: Tensor) -> Tensor:
-    """int8 [N, K] codes of a weight in either container."""
-    return unpack_int4(w_q) if w_q.dtype == torch.uint8 else w_q
 
 
 def matmul_codes(a: Tensor, b: Tensor) -> Tensor:
@@ -152,27 +112,40 @@ def layernorm_quantize(
     return quantize(normed, inv_scale, zero_point, bits, dtype, table)
 
 
-def accumulate(x_q: Tensor, w_q: Tensor, column: Tensor) -> Tensor:
+def accumulate(x_q: Tensor, w_q: Tensor, column: Tensor, levels: Tensor | None = None) -> Tensor:
     """int32 [..., N]: x_q @ w_q^T plus the column constant (rules 3 and 4)."""
-    weight = dense_weight(w_q)
+    weight = dense_weight(w_q, levels)
     return matmul_codes(load_codes(x_q, weight.shape[1]), weight.t()) + column
 
 
 def linear(
-    x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, activation: str = "none"
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    activation: str = "none",
+    levels: Tensor | None = None,
 ) -> Tensor:
     """fp32 [..., N]: the dequantised product, bias, and "gelu" (erf form) or "none" (rules 5 and 6)."""
-    y = accumulate(x_q, w_q, column).float() * scale
+    y = accumulate(x_q, w_q, column, levels).float() * scale
     if bias is not None:
         y = y + bias
     return F.gelu(y) if activation == "gelu" else y
 
 
 def linear_float(
-    x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """`linear` in `dtype`."""
-    return linear(x_q, w_q, scale, column, bias, activation).to(dtype)
+    return linear(x_q, w_q, scale, column, bias, activation, levels).to(dtype)
 
 
 def linear_requant(
@@ -187,9 +160,10 @@ def linear_requant(
     out_bits: int,
     dtype: torch.dtype,
     table: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """Codes of `linear`, [..., N]."""
-    y = linear(x_q, w_q, scale, column, bias, activation)
+    y = linear(x_q, w_q, scale, column, bias, activation, levels)
     return quantize(y, out_inv_scale, out_zero_point, out_bits, dtype, table)
 
 
@@ -205,15 +179,24 @@ def linear_requant_channels(
     out_bits: int,
     dtype: torch.dtype,
     table: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """Codes of `linear`, [..., N], each output channel with its own step: `quantize_channels` says how."""
-    y = linear(x_q, w_q, scale, column, bias, activation)
+    y = linear(x_q, w_q, scale, column, bias, activation, levels)
     return quantize_channels(y, out_inv_scale, out_offset, out_bits, dtype, table)
 
 
-def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None) -> None:
+def linear_residual(
+    x: Tensor,
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    levels: Tensor | None = None,
+) -> None:
     """x += `linear`, in place; the sum is formed in fp32 and rounded once to x's dtype."""
-    x.copy_(x.float() + linear(x_q, w_q, scale, column, bias))
+    x.copy_(x.float() + linear(x_q, w_q, scale, column, bias, levels=levels))
 
 
 def linear_residual_layernorm(
@@ -231,9 +214,10 @@ def linear_residual_layernorm(
     bits: int,
     dtype: torch.dtype,
     table: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """`linear_residual`, then `layernorm_quantize` of the new x."""
-    linear_residual(x, x_q, w_q, scale, column, bias)
+    linear_residual(x, x_q, w_q, scale, column, bias, levels)
     return layernorm_quantize(x, norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype, table)
 
 
@@ -258,9 +242,11 @@ def linear_qkv(
     out_inv_scale: Tensor,
     qk_bits: int,
     v_bits: int,
+    levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q and k int8 [B, H, N, d], v int8 [B, H, d, N_pad]; `out_inv_scale` is fp32 [3*H*d], constant over a head."""
-    return _quantize_heads(*split_heads(linear(x_q, w_q, scale, column, bias), heads), out_inv_scale, qk_bits, v_bits)
+    qkv = linear(x_q, w_q, scale, column, bias, levels=levels)
+    return _quantize_heads(*split_heads(qkv, heads), out_inv_scale, qk_bits, v_bits)
 
 
 def heads_quantize(
@@ -392,8 +378,3 @@ def attention(
 def logit_scale(q_scale: Tensor, k_scale: Tensor, head_dim: int) -> Tensor:
     """fp32 [H]: what turns int32 logits of a head into powers of two."""
     return (q_scale.double() * k_scale.double() * (math.log2(math.e) / math.sqrt(head_dim))).float()
-
-
-def column_constant(w_q: Tensor, zero_point: int) -> Tensor:
-    """int32 [N]: -zero_point * sum_k w_q[n, k] (rule 4)."""
-    return (-zero_point * dense_weight(w_q).to(torch.int64).sum(1)).to(torch.int32)

@@ -62,6 +62,15 @@ def codes(shape: tuple[int, ...], bits: int, *, weight: bool = False, seed: int 
     return torch.randint(low, high + 1, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
 
 
+def weight_levels(bits: int, seed: int = 0) -> Tensor:
+    """int8 [16]: random levels in no order; codes of that width name some of them, -127 and 127 among those."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(-127, 128, (reference.LEVELS,), dtype=torch.int8, generator=generator)
+    used = torch.randperm(1 << bits, generator=generator) + reference.LEVELS // 2 - (1 << (bits - 1))
+    levels[used[:2]] = torch.tensor([-127, 127], dtype=torch.int8)
+    return levels
+
+
 def quantize_cases(bits: int, dtype: torch.dtype) -> Iterator[Case]:
     """Ties, values far outside, and layernorms with and without weights."""
     ties = torch.cat([torch.arange(-140, 140) + 0.5, torch.tensor([127.6, -128.5, 1e30, -1e30])])

@@ -50,12 +50,21 @@ def layernorm_quantize(
 
 
 def linear_float(
-    x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_float`. oneDNN's fp32 GELU is not the erf form's equal: there it follows the call."""
     if linear.serves(w_q):
-        return linear.to_float(x_q, prepacked(linear.pack, w_q, scale, column, bias), activation).to(dtype)
-    y = onednn.linear(x_q, prepacked(onednn.pack, w_q, scale, column, bias), "none", 1.0, 0, torch.float32)
+        weight = prepacked(linear.pack, w_q, scale, column, bias, levels=levels)
+        return linear.to_float(x_q, weight, activation).to(dtype)
+    packed = prepacked(onednn.pack, w_q, scale, column, bias, levels=levels)
+    y = onednn.linear(x_q, packed, "none", 1.0, 0, torch.float32)
     return (torch.nn.functional.gelu(y) if activation == "gelu" else y).to(dtype)
 
 
@@ -71,13 +80,14 @@ def linear_requant(
     out_bits: int,
     dtype: torch.dtype,
     table: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_requant`; GELU and requantisation inside the matmul's call."""
     if linear.serves(w_q):
-        weight = prepacked(linear.pack, w_q, scale, column, bias)
+        weight = prepacked(linear.pack, w_q, scale, column, bias, levels=levels)
         return linear.to_codes(x_q, weight, activation, out_inv_scale, out_zero_point, out_bits, dtype, table)
     offset = reference.OFFSET if dtype == torch.uint8 else 0
-    packed = prepacked(onednn.pack, w_q, scale, column, bias)
+    packed = prepacked(onednn.pack, w_q, scale, column, bias, levels=levels)
     y = onednn.linear(x_q, packed, activation, 1.0 / out_inv_scale, out_zero_point + offset, dtype)
     if out_bits < 8:
         low, high = reference.code_range(out_bits)
@@ -97,26 +107,35 @@ def linear_requant_channels(
     out_bits: int,
     dtype: torch.dtype,
     table: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_requant_channels`. oneDNN's call has one zero-point and no steps behind a GELU: there
     the codes are made after it.
     """
     if linear.serves(w_q):
-        weight = prepacked(linear.pack, w_q, scale, column, bias, out_inv_scale, out_offset)
+        weight = prepacked(linear.pack, w_q, scale, column, bias, out_inv_scale, out_offset, levels=levels)
         return linear.to_codes(x_q, weight, activation, 1.0, 0, out_bits, dtype, table)
-    y = linear_float(x_q, w_q, scale, column, bias, activation, torch.float32)
+    y = linear_float(x_q, w_q, scale, column, bias, activation, torch.float32, levels)
     return reference.quantize_channels(y, out_inv_scale, out_offset, out_bits, dtype, table)
 
 
-def linear_residual(x: Tensor, x_q: Tensor, w_q: Tensor, scale: Tensor, column: Tensor, bias: Tensor | None) -> None:
+def linear_residual(
+    x: Tensor,
+    x_q: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    levels: Tensor | None = None,
+) -> None:
     """See `reference.linear_residual`; the sum is formed in the matmul's call."""
     in_place = x.dtype == torch.float32 and x.is_contiguous()
     if in_place and linear.serves(w_q):
-        linear.add_(x, x_q, prepacked(linear.pack, w_q, scale, column, bias))
+        linear.add_(x, x_q, prepacked(linear.pack, w_q, scale, column, bias, levels=levels))
     elif in_place:
-        onednn.linear_add_(x, x_q, prepacked(onednn.pack, w_q, scale, column, bias))
+        onednn.linear_add_(x, x_q, prepacked(onednn.pack, w_q, scale, column, bias, levels=levels))
     else:
-        x.copy_(x.float() + linear_float(x_q, w_q, scale, column, bias, "none", torch.float32))
+        x.copy_(x.float() + linear_float(x_q, w_q, scale, column, bias, "none", torch.float32, levels))
 
 
 def linear_residual_layernorm(
@@ -134,12 +153,13 @@ def linear_residual_layernorm(
     bits: int,
     dtype: torch.dtype,
     table: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_residual_layernorm`; rows are normalised as soon as they are finished."""
     norm = (norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype, table)
     if x.dtype == torch.float32 and x.is_contiguous() and linear.serves(w_q):
-        return linear.add_and_norm_(x, x_q, prepacked(linear.pack, w_q, scale, column, bias), *norm)
-    linear_residual(x, x_q, w_q, scale, column, bias)
+        return linear.add_and_norm_(x, x_q, prepacked(linear.pack, w_q, scale, column, bias, levels=levels), *norm)
+    linear_residual(x, x_q, w_q, scale, column, bias, levels)
     return layernorm_quantize(x, *norm)
 
 
@@ -153,13 +173,14 @@ def linear_qkv(
     out_inv_scale: Tensor,
     qk_bits: int,
     v_bits: int,
+    levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.linear_qkv`; oneDNN takes every column's step in scale and bias: the matmul's own is 1."""
     if linear.serves(w_q):
-        packed = prepacked(linear.pack, w_q, scale, column, bias, out_inv_scale)
+        packed = prepacked(linear.pack, w_q, scale, column, bias, out_inv_scale, levels=levels)
         codes = linear.to_codes(x_q, packed, "none", 1.0, 0, 8, torch.int8)
     else:
-        folded = prepacked(onednn.pack, w_q, scale, column, bias, out_inv_scale)
+        folded = prepacked(onednn.pack, w_q, scale, column, bias, out_inv_scale, levels=levels)
         codes = onednn.linear(x_q, folded, "none", 1.0, 0, torch.int8)
     return _split(codes, heads, qk_bits, v_bits)
 

@@ -60,9 +60,10 @@ def pack(
     bias: Tensor | None,
     out_inv_scale: Tensor | None,
     out_offset: Tensor | None,
+    levels: Tensor | None,
 ) -> Packed:
     """See `prepack.prepacked`."""
-    dense = reference.dense_weight(w_q).contiguous()
+    dense = reference.dense_weight(w_q, levels).contiguous()
     channels, features = dense.shape
     blocks = -(-channels // BLOCK)
     weight = torch.empty(blocks * BLOCK * features // 4, dtype=torch.int32)

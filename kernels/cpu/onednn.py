@@ -40,10 +40,11 @@ def pack(
     bias: Tensor | None,
     out_inv_scale: Tensor | None,
     out_offset: Tensor | None,
+    levels: Tensor | None,
 ) -> Packed:
     """See `prepack.prepacked`; steps of the output channels are folded into scale and bias."""
     assert out_offset is None, "steps and offsets of channels do not go through oneDNN's call"
-    dense = reference.dense_weight(w_q).contiguous()
+    dense = reference.dense_weight(w_q, levels).contiguous()
     full_bias = column.double() * scale.double()
     if bias is not None:
         full_bias += bias.double()

@@ -21,7 +21,7 @@ CACHE_ENTRIES = 1024
 """Repacked weights kept at once: enough for two ViT-giant models; the least recently used goes first."""
 
 P = TypeVar("P")
-Pack = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], P]
+Pack = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"], P]
 """Repacks a weight; see `prepacked` for its arguments. The result has the repacked tensor as `.weight`."""
 
 
@@ -51,6 +51,7 @@ def prepacked(
     bias: Tensor | None,
     out_inv_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> P:
     """What `pack` makes of these buffers, from the cache or made now.
 
@@ -62,8 +63,9 @@ def prepacked(
         bias: fp32 [N] or None.
         out_inv_scale: fp32 [N] where every output channel has a step of its own (qkv, and fc1 before such an fc2).
         out_offset: fp32 [N] where it has a zero-point of its own, too.
+        levels: int8 [16] where the codes of a packed weight name levels (`reference.dense_weight`).
     """
-    sources = (w_q, scale, column, bias, out_inv_scale, out_offset)
+    sources = (w_q, scale, column, bias, out_inv_scale, out_offset, levels)
     versions = tuple(_version(t) for t in sources)
     key = id(w_q)
     with _lock:
