@@ -67,7 +67,7 @@ class LearningLinear(nn.Module):
         rows = channels.unscaled_weight(rows, self.params)
         original = self.original[0]
         if isinstance(original, nn.Conv2d):
-            return F.conv2d(x, rows.view_as(original.weight), self.bias, stride=original.stride)
+            return cast(Tensor, _Patches.apply(x, rows.view_as(original.weight), self.bias, original.stride))
         return F.linear(x, rows, self.bias)
 
     @torch.no_grad()
@@ -149,9 +149,26 @@ def _replace(model: nn.Module, name: str, old: SimulatedSite, new: nn.Module) ->
     setattr(owner, leaf, new)
 
 
+class _Straight(torch.autograd.Function):
+    """function(x), with the gradient of x; the sum x + (function(x) - x) would be rounded once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], None
+
+
 def _straight(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), with the gradient of x."""
-    return x + (function(x.detach()) - x.detach())
+    return cast(Tensor, _Straight.apply(x, function))
+
+
+def _inside(gradient: Tensor, place: Tensor, low: float, high: float) -> Tensor:
+    """`gradient` where `place` rounds to a code without being clipped, else 0; six times as fast as a boolean mask."""
+    return torch.ops.aten.hardtanh_backward(gradient, place, low - 0.5, high + 0.5)
 
 
 class _QuantizedInput(torch.autograd.Function):
@@ -161,19 +178,45 @@ class _QuantizedInput(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor | None, params: SiteParams) -> Tensor:
         if step is not None:
             params = replace(params, tensors={**params.tensors, "input.scale": step.detach()})
-        scale, zero_point = params.tensors["input.scale"].to(x.device), params.tensors.get("input.zero_point")
-        low, high = reference.code_range(params.formats["input"].code_bits)
-        place = x / scale if zero_point is None else x / scale + zero_point.to(x.device)
-        inside = (place > low - 0.5) & (place < high + 0.5)
-        x_hat = quantized_input(x, params)
-        ctx.save_for_backward(inside, None if step is None else (x_hat - x * inside) / step)
+        x_hat, ctx.params = quantized_input(x, params), params
+        # The linear keeps x_hat as well; nothing else of the size of x is kept, nor computed before it is needed.
+        ctx.save_for_backward(x, None if step is None else x_hat)
         return x_hat
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inside, slope = ctx.saved_tensors
-        (gradient,) = gradients
-        return gradient * inside, None if slope is None else (gradient * slope).sum(), None
+        (gradient,), (x, x_hat), params = gradients, ctx.saved_tensors, ctx.params
+        scale, zero_point = params.tensors["input.scale"].to(x.device), params.tensors.get("input.zero_point")
+        place = x * scale.reciprocal()
+        if zero_point is not None:
+            place.add_(zero_point.to(x.device, torch.float32))
+        inner = _inside(gradient, place, *reference.code_range(params.formats["input"].code_bits))
+        if x_hat is None:
+            return inner, None, None
+        # LSQ: (x_hat - x) / step inside, x_hat / step where x is clipped. Two inner products need no third tensor.
+        slope = torch.dot(gradient.flatten(), x_hat.flatten()) - torch.dot(inner.flatten(), x.flatten())
+        return inner, slope / scale, None
+
+
+class _Patches(torch.autograd.Function):
+    """F.conv2d of patches that do not overlap, whose gradients are two matrix products (a fifth of oneDNN's time)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, stride=stride)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        rows = gradient.flatten(2).transpose(1, 2).flatten(0, 1)  # [B * patches, N]
+        size, (height, width) = weight.shape[2:], x.shape[2:]
+        columns = F.unfold(x, size, stride=size).transpose(1, 2).flatten(0, 1)  # [B * patches, K]
+        own = None
+        if ctx.needs_input_grad[0]:
+            back = (rows @ weight.flatten(1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+            own = F.fold(back, (height, width), size, stride=size)
+        return own, (rows.t() @ columns).view_as(weight), rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 class _QuantizedWeight(torch.autograd.Function):
@@ -182,12 +225,13 @@ class _QuantizedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, codes: Tensor, step: Tensor, values: Tensor) -> Tensor:
         rounded = values[nearest(codes, values)]
-        inside = (codes > values[0] - 0.5) & (codes < values[-1] + 0.5)
-        ctx.save_for_backward(inside, step, rounded)
+        ctx.save_for_backward(codes, step, rounded)
+        ctx.ends = float(values[0]), float(values[-1])
         return rounded * step[:, None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inside, step, rounded = ctx.saved_tensors
+        codes, step, rounded = ctx.saved_tensors
         (gradient,) = gradients
-        return gradient * inside * step[:, None], (gradient * rounded).sum(1), None
+        inner = _inside(gradient, codes, *ctx.ends).mul_(step[:, None])
+        return inner, (gradient * rounded).sum(1), None

@@ -55,6 +55,9 @@ class Table:
         table: Tensor | None = None,
     ) -> Tensor:
         """`dequantize(quantize(x))`, fp32; `table` is int8 [256]."""
+        if table is not None and not scale.ndim and (zero_point is None or not zero_point.ndim):
+            # One step for all: 256 levels are dequantised in the place of every element, to the same bits.
+            return self._read(self.dequantize(table.to(x.device, torch.int32), scale, zero_point), x, scale, zero_point)
         levels = self._levels(x, scale, zero_point, table)
         return (levels if zero_point is None else levels.sub_(zero_point)).mul_(scale)
 
@@ -63,10 +66,15 @@ class Table:
         """fp32 levels."""
         if table is None:
             raise ValueError("levels of scheme 'table' need their table; allowed: lampq_rt.inputs.quantized_input")
+        return Table._read(table.to(x.device, torch.float32), x, scale, zero_point)
+
+    @staticmethod
+    def _read(values: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """fp32, as x: the one of 256 `values` that stands where the 8-bit code of each element points."""
         offset = 0.0 if zero_point is None else zero_point.to(torch.float32)
         codes = reference.round_codes(x.float(), scale.reciprocal(), offset, *reference.code_range(GRID_BITS))
         places = codes.add_(reference.OFFSET).to(torch.int32)
-        return table.to(x.device, torch.float32).index_select(0, places.flatten()).view(x.shape)
+        return values.index_select(0, places.flatten()).view(x.shape)
 
 
 def flaw(table: Tensor, bits: int) -> str | None:
