@@ -1,7 +1,8 @@
 """A simulated model that learns: rounding lets gradients pass where nothing is clipped (straight-through estimator,
 Bengio et al., 1308.3432), and the step of an input has the gradient of LSQ (Esser et al., 1902.08153, section 2.1).
 
-What learns of a linear are its weight in units of the step, its steps, the step of its input and its bias. Codes come
+What learns of a linear are its weight in units of the step, its steps, the step of its input and its bias; of an
+attention matmul the steps of q, k and v, one a head. Codes come
 out as those of the plan it started from until a weight has crossed the middle between two of them.
 """
 
@@ -19,6 +20,7 @@ from lampq_rt import channels
 from lampq_rt.inputs import quantized_input
 from lampq_rt.kernels import reference
 from lampq_rt.plan import SiteParams
+from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.quantizers.levels import nearest
 from lampq_rt.simulate import SimulatedLinear, SimulatedPV, SimulatedQK, SimulatedSite, Simulation
 from lampq_rt.weights import levels_of
@@ -36,13 +38,12 @@ class LearningLinear(nn.Module):
         bias: fp32 [N], or None.
     """
 
-    def __init__(self, linear: SimulatedLinear) -> None:
+    def __init__(self, linear: SimulatedLinear, precision: torch.dtype = torch.float32) -> None:
         super().__init__()
         assert linear.params is not None
-        self.params, self.original = (
-            linear.params,
-            [linear.original],
-        )  # a list: not a submodule, whose weight would count
+        self.params, self.precision = linear.params, precision
+        self.original = [linear.original]  # a list: not a submodule, whose weight would count
+        self._made: tuple[Tensor, Tensor] | None = None
         tensors = self.params.tensors
         weight = linear.original.weight
         fmt, levels = self.params.formats["weight"], levels_of(self.params)
@@ -63,12 +64,31 @@ class LearningLinear(nn.Module):
         if not self.params.formats["input"].is_float:
             step = None if self.log_input_step is None else self.log_input_step.exp()
             x = cast(Tensor, _QuantizedInput.apply(x, step, self.params))
-        rows = cast(Tensor, _QuantizedWeight.apply(self.codes, self.log_weight_step.exp(), self.values))
-        rows = channels.unscaled_weight(rows, self.params)
-        original = self.original[0]
+        rows, original = self._rows() if self._made is None else self._made[1], self.original[0]
         if isinstance(original, nn.Conv2d):
             return cast(Tensor, _Patches.apply(x, rows.view_as(original.weight), self.bias, original.stride))
-        return F.linear(x, rows, self.bias)
+        if self.precision == torch.float32:
+            return F.linear(x, rows, self.bias)
+        y = F.linear(x.to(self.precision), rows.to(self.precision)).float()
+        return y if self.bias is None else y + self.bias
+
+    def _rows(self) -> Tensor:
+        """fp32 [N, K]: the quantised weight."""
+        rows = cast(Tensor, _QuantizedWeight.apply(self.codes, self.log_weight_step.exp(), self.values))
+        return channels.unscaled_weight(rows, self.params)
+
+    def hold(self) -> None:
+        """Quantise the weight once for all forward passes up to `release`."""
+        made = self._rows()
+        self._made = made, made.detach().requires_grad_(True)
+
+    def release(self) -> None:
+        """Hand the gradients gathered since `hold` on to codes and steps."""
+        assert self._made is not None
+        made, used = self._made
+        self._made = None
+        if used.grad is not None:
+            made.backward(used.grad)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def start_near(self, weight: Tensor, edge: float) -> None:
@@ -89,57 +109,93 @@ class LearningLinear(nn.Module):
         return replace(self.params, tensors={**self.params.tensors, **tensors})
 
 
-class _LearningQK(nn.Module):
+class LearningMatmul(nn.Module):
+    """Base of the attention matmuls: the steps of their operands learn, one a head.
+
+    Attributes:
+        log_steps: fp32 [H] natural logarithms of steps, by operand; empty where the site is in floating point.
+    """
+
+    operands: tuple[str, ...]
+
+    def __init__(self, matmul: SimulatedQK | SimulatedPV, precision: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.params, self.precision = matmul.params, precision
+        self.matmul = matmul
+        steps = {} if self.params is None else {o: self.params.tensors[f"{o}.scale"] for o in self.operands}
+        self.log_steps = nn.ParameterDict({o: nn.Parameter(scale.clone().log()) for o, scale in steps.items()})
+
+    def quantized(self, operand: str, x: Tensor) -> Tensor:
+        """`x` [B, H, N, d] in its format and back."""
+        assert self.params is not None
+        bits = self.params.formats[operand].bits
+        return cast(Tensor, _QuantizedHeads.apply(x, self.log_steps[operand].exp(), bits))
+
+    @torch.no_grad()
+    def learned(self) -> SiteParams:
+        """The site's formats with what was learned, on the CPU."""
+        assert self.params is not None
+        tensors = {f"{operand}.scale": step.exp().cpu() for operand, step in self.log_steps.items()}
+        return replace(self.params, tensors={**self.params.tensors, **tensors})
+
+
+class _LearningQK(LearningMatmul):
     """`SimulatedQK` that lets gradients pass."""
 
-    def __init__(self, matmul: SimulatedQK) -> None:
-        super().__init__()
-        self.matmul = matmul
+    operands = ("q", "k")
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         """As `SimulatedQK.forward`."""
-        if self.matmul.params is None:
+        if self.params is None:
             return cast(Tensor, self.matmul(q, k))
-        q = _straight(lambda x: self.matmul.fake("q", x, per_head=True), q)
-        k = _straight(lambda x: self.matmul.fake("k", x, per_head=True), k)
-        return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        q, k = self.quantized("q", q), self.quantized("k", k)
+        return _product(q, k.transpose(-2, -1), self.precision) * q.shape[-1] ** -0.5
 
 
-class _LearningPV(nn.Module):
+class _LearningPV(LearningMatmul):
     """`SimulatedPV` that lets gradients pass."""
 
-    def __init__(self, matmul: SimulatedPV) -> None:
-        super().__init__()
-        self.matmul = matmul
+    operands = ("v",)
 
     def forward(self, logits: Tensor, v: Tensor) -> Tensor:
         """As `SimulatedPV.forward`."""
-        if self.matmul.params is None:
+        if self.params is None:
             return cast(Tensor, self.matmul(logits, v))
         e = (logits - logits.detach().amax(-1, keepdim=True)).exp()
         p = _straight(lambda x: self.matmul.fake("p", x), e)
-        v = _straight(lambda x: self.matmul.fake("v", x, per_head=True), v)
-        return p @ v / e.sum(-1, keepdim=True)
+        return _product(p, self.quantized("v", v), self.precision) / e.sum(-1, keepdim=True)
 
 
-def learning(simulation: Simulation) -> dict[str, LearningLinear]:
+def _product(a: Tensor, b: Tensor, precision: torch.dtype) -> Tensor:
+    """fp32 a @ b, of factors rounded to `precision`."""
+    return a @ b if precision == torch.float32 else (a.to(precision) @ b.to(precision)).float()
+
+
+def learning(simulation: Simulation, precision: torch.dtype = torch.float32) -> dict[str, LearningLinear]:
     """Make the sites of `simulation` learn, in place; those of integer linears, by name.
 
     Args:
         simulation: set to a plan; its model must share no parameter with one that is still needed.
+        precision: of the factors of products, forward and backward; sums and all else are fp32.
     """
     found: dict[str, LearningLinear] = {}
     for site in simulation.description.sites:
         module, new = simulation.module(site.name), cast(nn.Module | None, None)
         if isinstance(module, SimulatedQK):
-            new = _LearningQK(module)
+            new = _LearningQK(module, precision)
         elif isinstance(module, SimulatedPV):
-            new = _LearningPV(module)
+            new = _LearningPV(module, precision)
         elif isinstance(module, SimulatedLinear) and module.params is not None:
-            new = found[site.name] = LearningLinear(module)
+            new = found[site.name] = LearningLinear(module, precision)
         if new is not None:
             _replace(simulation.model, site.name, module, new)
     return found
+
+
+def learning_matmuls(simulation: Simulation) -> dict[str, LearningMatmul]:
+    """Integer attention matmuls by name, once `learning` has made them learn."""
+    named = {site.name: simulation.model.get_submodule(site.name) for site in simulation.description.sites}
+    return {n: m for n, m in named.items() if isinstance(m, LearningMatmul) and m.params is not None}
 
 
 def _replace(model: nn.Module, name: str, old: SimulatedSite, new: nn.Module) -> None:
@@ -196,6 +252,24 @@ class _QuantizedInput(torch.autograd.Function):
         # LSQ: (x_hat - x) / step inside, x_hat / step where x is clipped. Two inner products need no third tensor.
         slope = torch.dot(gradient.flatten(), x_hat.flatten()) - torch.dot(inner.flatten(), x.flatten())
         return inner, slope / scale, None
+
+
+class _QuantizedHeads(torch.autograd.Function):
+    """Symmetric codes of [B, H, N, d] with a step a head, and back, with gradients of x and of the steps (LSQ)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, bits: int) -> Tensor:
+        x_hat = QUANTIZERS.get("uniform").fake_quantize(x, step.view(-1, 1, 1), None, bits)
+        ctx.save_for_backward(x, x_hat, step)
+        ctx.bits = bits
+        return x_hat
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (x, x_hat, step) = gradients, ctx.saved_tensors
+        inner = _inside(gradient, x / step.view(-1, 1, 1), *reference.code_range(ctx.bits))
+        slope = ((gradient * x_hat).sum((0, 2, 3)) - (inner * x).sum((0, 2, 3))) / step
+        return inner, slope, None
 
 
 class _Patches(torch.autograd.Function):

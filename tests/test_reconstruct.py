@@ -89,7 +89,9 @@ def test_the_step_of_an_input_has_the_gradient_of_lsq(model: nn.Module, plan: Pl
     code = place.round().clamp(low, high)
     inside = (place > low - 0.5) & (place < high + 0.5)
     slope = torch.where(inside, code - place, code - zero)  # d x_hat / d step: section 2.1
-    column = (linear.codes.round().clamp(*linear.range) * linear.log_weight_step.exp()[:, None]).sum(0)
+    column = (
+        linear.codes.round().clamp(linear.values[0], linear.values[-1]) * linear.log_weight_step.exp()[:, None]
+    ).sum(0)
     wanted = (slope * scale * column).sum()
     torch.testing.assert_close(linear.log_input_step.grad, wanted.detach(), rtol=1e-3, atol=1e-3)
 

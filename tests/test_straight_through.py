@@ -13,6 +13,7 @@ from lampq_rt.calibrate.straight_through import (
     _LearningPV,
     _LearningQK,
     _Patches,
+    _QuantizedHeads,
     _QuantizedInput,
     _QuantizedWeight,
 )
@@ -86,7 +87,7 @@ def test_gradients_pass_where_nothing_is_clipped(scheme: str, granularity: str) 
 def test_gradients_of_weights() -> None:
     codes = (torch.randn(5, 9) * 4).requires_grad_(True)
     step = (torch.rand(5) + 0.5).requires_grad_(True)
-    came: Any = _QuantizedWeight.apply(codes, step, -4, 3)
+    came: Any = _QuantizedWeight.apply(codes, step, torch.arange(-4.0, 4.0))
     weight = torch.randn(5, 9)
     (came * weight).sum().backward()
     inside = (codes > -4.5) & (codes < 3.5)
@@ -122,3 +123,55 @@ def test_attention_that_learns_is_the_simulated_one(scheme: str) -> None:
     logits = _LearningQK(qk)(q, k)
     assert torch.equal(logits, qk(q, k))
     assert torch.equal(_LearningPV(pv)(logits, v), pv(logits, v))
+
+
+def test_steps_of_heads_have_the_gradient_of_lsq() -> None:
+    draws = torch.Generator().manual_seed(8)
+    x = (torch.randn(2, 3, 17, 8, generator=draws) * 2).requires_grad_(True)
+    step, bits = torch.tensor([0.3, 0.5, 0.9]), 3
+    learnt = step.clone().requires_grad_(True)
+    came: Any = _QuantizedHeads.apply(x, learnt, bits)
+    code = (x.detach() / step.view(-1, 1, 1)).round().clamp(-4, 3)
+    assert torch.equal(came, code * step.view(-1, 1, 1))
+    weight = torch.randn(x.shape, generator=draws)
+    (came * weight).sum().backward()
+    place = x.detach() / step.view(-1, 1, 1)
+    inside = (place > -4.5) & (place < 3.5)
+    assert 0.01 < float((~inside).float().mean()) < 0.9
+    assert torch.equal(x.grad, weight * inside)
+    slope = torch.where(inside, code - place, code)
+    torch.testing.assert_close(learnt.grad, (slope * weight).sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_held_for_a_step_gives_the_gradients_of_one_made_each_time() -> None:
+    from lampq_rt.calibrate.straight_through import LearningLinear
+    from lampq_rt.simulate import SimulatedLinear
+    from tests.plans import uneven_levels
+
+    torch.manual_seed(2)
+    linear = torch.nn.Linear(24, 12)
+    params = input_params("table")
+    formats = {**params.formats, "weight": Format(3, "levels", "channel")}
+    codes = torch.randint(-4, 4, (12, 24), dtype=torch.int8)
+    tensors = {"weight.scale": torch.rand(12) * 0.01 + 0.001, "weight.levels": uneven_levels(3), "weight.codes": codes}
+    simulated = SimulatedLinear(linear)
+    simulated.set_params(SiteParams(Kind.FC2, formats, {**params.tensors, **tensors}, 12 * 24))
+    x, found = rows(), []
+    for held in (False, True):
+        learner = LearningLinear(simulated)
+        torch.testing.assert_close(learner(x), simulated(x))
+        assert torch.equal(learner.learned().tensors["weight.codes"], codes)
+        if held:
+            learner.hold()
+        for part in x.split(3):
+            learner(part).square().sum().backward()
+        if held:
+            learner.release()
+        found.append([p.grad for p in learner.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    start = learner.learned().tensors["weight.codes"]
+    learner.start_near(torch.randn(12, 24), 0.45)
+    assert torch.equal(learner.learned().tensors["weight.codes"], start), "it moved, but still rounds to its code"
+    in_half = LearningLinear(simulated, torch.bfloat16)
+    torch.testing.assert_close(in_half(x), simulated(x), rtol=0.02, atol=0.02)
