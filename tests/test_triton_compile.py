@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 import lampq_rt  # noqa: E402
 from lampq_rt.kernels import reference  # noqa: E402
-from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline, tables  # noqa: E402
+from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline, start, tables  # noqa: E402
 from tests import triton_cases as cases  # noqa: E402
 
 ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100", "gfx942")
@@ -80,7 +80,7 @@ def linear_launch(
         options |= {"k": out, "v": out, "step": vector, "layout": (64, 197, heads, 64)}
     number = {"requant": 0, "gelu": 0, "channels": 0, "float": 1, "residual": 2, "heads": 3}[epilogue]
     with offline.recording(arch) as launches:
-        impl._launch_linear(triton.language.constexpr(number), x_q, w_q, vector, column, vector, out, **options)
+        start.linear(triton.language.constexpr(number), x_q, w_q, vector, column, vector, out, **options)
     return launches[0]
 
 
@@ -286,7 +286,7 @@ def test_what_the_interpreter_runs_compiles(arch: str, group: str) -> None:
             case, out = cases.linear_case((70, 768, 192), 8, 8), torch.empty(1, 70, 192)
             for split in cases.SPLITS:
                 config = configs.LinearConfig(64, 64, 128, split_k=split, warps=4)
-                impl._launch_linear(linear.FLOAT, *case, out, config=config)
+                start.linear(linear.FLOAT, *case, out, config=config)
         if group == "rows":
             for shape in cases.ROWS:
                 for bits in cases.ROWS_BITS:

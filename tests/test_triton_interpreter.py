@@ -117,7 +117,7 @@ def test_linear_and_layernorm_in_one_kernel(shape: tuple[int, int, int], bits: t
 
 
 def test_split_k_gives_the_exact_sum_and_cleans_up() -> None:
-    from lampq_rt.kernels.gpu import impl, scratch
+    from lampq_rt.kernels.gpu import scratch, start
     from lampq_rt.kernels.gpu.configs import LinearConfig
     from lampq_rt.kernels.gpu.linear import FLOAT
 
@@ -125,7 +125,7 @@ def test_split_k_gives_the_exact_sum_and_cleans_up() -> None:
     wanted = reference.linear_float(*case, "none", torch.float32)
     for split in cases.SPLITS:
         out = torch.full((1, 70, 192), float("nan"))
-        impl._launch_linear(FLOAT, *case, out, config=LinearConfig(64, 64, 128, split_k=split, warps=4))
+        start.linear(FLOAT, *case, out, config=LinearConfig(64, 64, 128, split_k=split, warps=4))
         torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-6)
     kept = scratch.split_scratch(case[0], 70 * 192, 6)
     assert not any(bool(zeros.any()) for zeros in kept), "the next launch relies on it"

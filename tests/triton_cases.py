@@ -174,11 +174,11 @@ def level_cases() -> Iterator[Case]:
 
 def in_one_kernel(args: tuple[Any, ...], config: Any, table: Tensor | None = None) -> Tensor:
     """`linear_residual_layernorm` by the kernel that holds whole rows; x is args[0], in place."""
-    from lampq_rt.kernels.gpu import impl
+    from lampq_rt.kernels.gpu import impl, start
 
     *operands, bits, dtype = args
     out = impl._empty(args[0], tuple(args[0].shape), dtype).fill_(99)
-    impl.launch_rows(config, *operands[:6], out, *operands[6:], reference.code_range(bits), table)
+    start.rows(config, *operands[:6], out, *operands[6:], reference.code_range(bits), table)
     return out
 
 

@@ -17,7 +17,7 @@ import lampq_rt
 from benchmarks.gpu.models import timing_plan
 from lampq_rt import tuning
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.gpu import configs, impl, tables, tune
+from lampq_rt.kernels.gpu import configs, impl, start, tables, tune
 from lampq_rt.kernels.gpu.work import LinearWork
 from lampq_rt.kernels.ops import NATIVE, SCHEMAS
 
@@ -69,7 +69,7 @@ def _in_one_kernel(args: list[Any]) -> list[torch.Tensor]:
     """x and codes of `linear_residual_layernorm` by `linear_rows_kernel`."""
     *operands, bits, dtype = args
     out = impl._empty(args[0], tuple(args[0].shape), dtype)
-    impl.launch_rows(configs.ROWS_CANDIDATES[0], *operands[:6], out, *operands[6:], reference.code_range(bits))
+    start.rows(configs.ROWS_CANDIDATES[0], *operands[:6], out, *operands[6:], reference.code_range(bits))
     return [args[0], out]
 
 

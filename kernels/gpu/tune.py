@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.gpu import configs, impl, linear, tables
+from lampq_rt.kernels.gpu import configs, impl, linear, start, tables
 from lampq_rt.kernels.gpu.work import LinearWork
 
 EPILOGUES = {"requant": linear.REQUANT, "float": linear.FLOAT, "residual": linear.RESIDUAL, "heads": linear.HEADS}
@@ -63,7 +63,7 @@ def tune_linear(work: LinearWork, device: str = "cuda") -> Tuned:
     if work.epilogue == "rows":
         return _tune_rows(work, case)
     options = _options(work, case)
-    arch, processors, _ = impl._of(case["x_q"])
+    arch, processors, _ = start.facts(case["x_q"])
     shape = (work.m, work.n, work.k)
     rule = configs.linear_config(*shape, processors, arch, work.a_bits, work.w_bits)
     times: dict[configs.LinearConfig, float] = {}
@@ -73,7 +73,7 @@ def tune_linear(work: LinearWork, device: str = "cuda") -> Tuned:
 
         def launch(config: configs.LinearConfig = config) -> None:
             args = (case["x_q"], case["w_q"], case["scale"], case["column"], case["bias"], case["out"])
-            impl._launch_linear(EPILOGUES[work.epilogue], *args, config=config, **options)
+            start.linear(EPILOGUES[work.epilogue], *args, config=config, **options)
 
         try:
             times[config] = _time(launch)
@@ -97,13 +97,13 @@ def _tune_rows(work: LinearWork, case: dict[str, Tensor]) -> Tuned:
 
     best: tuple[float, configs.LinearConfig | None] = (_time(two), None)
     two_ms = best[0]
-    arch = impl._of(case["x_q"])[0]
+    arch = start.facts(case["x_q"])[0]
     for config in configs.ROWS_CANDIDATES:
         if not configs.rows_feasible(config, work.n, arch, work.a_bits, work.w_bits):
             continue
 
         def one(config: configs.LinearConfig = config) -> None:
-            impl.launch_rows(config, case["out"], *linear_args, codes, *norm, reference.code_range(8))
+            start.rows(config, case["out"], *linear_args, codes, *norm, reference.code_range(8))
 
         try:
             best = min(best, (_time(one), config), key=lambda pair: pair[0])
