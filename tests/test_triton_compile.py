@@ -200,14 +200,18 @@ def test_heads(arch: str, head_dim: int) -> None:
     ("width", "a_bits", "w_bits"), [(192, 8, 8), (192, 8, 4), (192, 4, 4), (256, 8, 4), (256, 4, 4), (384, 8, 8)]
 )
 def test_linear_and_layernorm_in_one_kernel(arch: str, width: int, a_bits: int, w_bits: int) -> None:
-    """The first configuration of the list that fits, which no table need prefer."""
+    """The first configuration of the list that fits, which no table need prefer; on Hopper, with levels, too."""
     fitting = [c for c in configs.ROWS_CANDIDATES if configs.rows_feasible(c, width, arch, a_bits, w_bits)]
     case = cases.linear_case((64, 4 * width, width), a_bits, w_bits)
     tail = (torch.empty(width), torch.empty(width), 1e-6, 20.0, 3)
     codes = (4, torch.int4) if a_bits == 4 else (8, torch.int8)
+    args = (torch.empty(1, 64, width, dtype=torch.float16), *case, *tail, *codes)
     with offline.recording(arch) as launches:
-        cases.in_one_kernel((torch.empty(1, 64, width, dtype=torch.float16), *case, *tail, *codes), fitting[0])
-    check(launches[0], store=16)
+        cases.in_one_kernel(args, fitting[0])
+        if w_bits == 4 and arch == "sm90":
+            cases.in_one_kernel(args, fitting[0], None, cases.weight_levels(4))
+    for launch in launches:
+        check(launch, store=16)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
