@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 import lampq_rt  # noqa: E402
 from lampq_rt.kernels import reference  # noqa: E402
-from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline, tables  # noqa: E402
+from lampq_rt.kernels.gpu import configs, impl, inspection, linear, offline, start, tables  # noqa: E402
 from tests import triton_cases as cases  # noqa: E402
 
 ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100", "gfx942")
@@ -55,6 +55,7 @@ def linear_launch(
     w_bits: int = 8,
     heads: int = 12,
     table: torch.Tensor | None = None,
+    levels: bool = False,
 ) -> offline.Launch:
     """A linear of ViT-Base (with 12 heads) at batch 64; "gelu" packs its codes where its input is packed.
 
@@ -71,6 +72,7 @@ def linear_launch(
         w_q = empty(n, width // 2, dtype=torch.uint8)
     vector, column = empty(n, dtype=torch.float32), empty(n, dtype=torch.int32)
     options: dict[str, Any] = {"gelu": gelu, "config": config, "table": table}
+    options["levels"] = empty(reference.LEVELS) if levels else None
     out = empty(m, n, dtype=torch.float16 if epilogue in ("float", "residual") else torch.int8)
     if gelu and a_bits == 4:
         options |= {"out_packed": True, "codes": (-8, 7)}
@@ -80,7 +82,7 @@ def linear_launch(
         options |= {"k": out, "v": out, "step": vector, "layout": (64, 197, heads, 64)}
     number = {"requant": 0, "gelu": 0, "channels": 0, "float": 1, "residual": 2, "heads": 3}[epilogue]
     with offline.recording(arch) as launches:
-        impl._launch_linear(triton.language.constexpr(number), x_q, w_q, vector, column, vector, out, **options)
+        start.linear(triton.language.constexpr(number), x_q, w_q, vector, column, vector, out, **options)
     return launches[0]
 
 
@@ -103,6 +105,23 @@ def test_linear_int8(arch: str, epilogue: str) -> None:
 @pytest.mark.parametrize("epilogue", ["gelu", "channels", "residual", "heads"])
 def test_linear_int4(arch: str, a_bits: int, epilogue: str) -> None:
     check(linear_launch(arch, epilogue, small(arch), a_bits, 4), load=8, store=4)
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
+@pytest.mark.parametrize("a_bits", [8, 4])
+@pytest.mark.parametrize("epilogue", COLUMNS)
+def test_levels_of_weights_are_looked_up_in_registers(arch: str, a_bits: int, epilogue: str) -> None:
+    """Eight byte permutes for eight weights in the loop, four words loaded before it, and nothing else changes."""
+    launch = linear_launch(arch, epilogue, small(arch), a_bits, 4, levels=True)
+    made = check(launch, load=16 if a_bits == 8 else 8, store=4)
+    plain = offline.compile_launch(linear_launch(arch, epilogue, small(arch), a_bits, 4))
+    assert (made.wgmma, made.mma, made.mfma) == (plain.wgmma, plain.mma, plain.mfma), made
+    vector_words = () if arch == "gfx942" else (4, 4, 4, 4)  # AMD has scalar loads for them
+    assert sorted(made.load_bytes) == sorted((*plain.load_bytes, *vector_words)), made
+    if vector_words:
+        threads = 32 * launch.warps
+        words = launch.values["BLOCK_N"] * launch.values["BLOCK_K"] // 2 // 4 // threads
+        assert made.loop_mix["permute"] == 8 * words and "permute" not in plain.loop_mix, made
 
 
 def test_shipped_tables_hold_what_compiles() -> None:
@@ -181,14 +200,18 @@ def test_heads(arch: str, head_dim: int) -> None:
     ("width", "a_bits", "w_bits"), [(192, 8, 8), (192, 8, 4), (192, 4, 4), (256, 8, 4), (256, 4, 4), (384, 8, 8)]
 )
 def test_linear_and_layernorm_in_one_kernel(arch: str, width: int, a_bits: int, w_bits: int) -> None:
-    """The first configuration of the list that fits, which no table need prefer."""
+    """The first configuration of the list that fits, which no table need prefer; on Hopper, with levels, too."""
     fitting = [c for c in configs.ROWS_CANDIDATES if configs.rows_feasible(c, width, arch, a_bits, w_bits)]
     case = cases.linear_case((64, 4 * width, width), a_bits, w_bits)
     tail = (torch.empty(width), torch.empty(width), 1e-6, 20.0, 3)
     codes = (4, torch.int4) if a_bits == 4 else (8, torch.int8)
+    args = (torch.empty(1, 64, width, dtype=torch.float16), *case, *tail, *codes)
     with offline.recording(arch) as launches:
-        cases.in_one_kernel((torch.empty(1, 64, width, dtype=torch.float16), *case, *tail, *codes), fitting[0])
-    check(launches[0], store=16)
+        cases.in_one_kernel(args, fitting[0])
+        if w_bits == 4 and arch == "sm90":
+            cases.in_one_kernel(args, fitting[0], None, cases.weight_levels(4))
+    for launch in launches:
+        check(launch, store=16)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -259,6 +282,8 @@ def interpreted(group: str) -> Iterator[cases.Case]:
             yield from cases.quantize_cases(bits, dtype)
         table = cases.codes((256,), 8)
         yield from ((name, (*args, table)) for name, args in cases.level_cases())
+    elif group == "levels":
+        yield from cases.weight_level_cases()
     elif group == "qkv":
         yield from (cases.qkv_case(case, bits) for case in cases.QKV for bits in cases.QKV_BITS)
     elif group == "attention":
@@ -276,7 +301,7 @@ def interpreted(group: str) -> Iterator[cases.Case]:
 
 @pytest.mark.parametrize("arch", ["sm90", "gfx942"])
 @pytest.mark.parametrize(
-    "group", ["layernorm", "linear8", "linear4", "qkv", "heads", "attention", "split", "rows", "models"]
+    "group", ["layernorm", "linear8", "linear4", "levels", "qkv", "heads", "attention", "split", "rows", "models"]
 )
 def test_what_the_interpreter_runs_compiles(arch: str, group: str) -> None:
     with offline.recording(arch) as launches:
@@ -286,7 +311,7 @@ def test_what_the_interpreter_runs_compiles(arch: str, group: str) -> None:
             case, out = cases.linear_case((70, 768, 192), 8, 8), torch.empty(1, 70, 192)
             for split in cases.SPLITS:
                 config = configs.LinearConfig(64, 64, 128, split_k=split, warps=4)
-                impl._launch_linear(linear.FLOAT, *case, out, config=config)
+                start.linear(linear.FLOAT, *case, out, config=config)
         if group == "rows":
             for shape in cases.ROWS:
                 for bits in cases.ROWS_BITS:

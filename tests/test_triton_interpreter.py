@@ -116,8 +116,51 @@ def test_linear_and_layernorm_in_one_kernel(shape: tuple[int, int, int], bits: t
             torch.testing.assert_close(came, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("poisoned", "poisoned_heads")
+@pytest.mark.parametrize("name", [name for name, schema in SCHEMAS.items() if "levels=None" in schema])
+def test_weights_with_levels_are_the_dense_weights_of_levels(name: str) -> None:
+    """Bit for bit, whatever follows the sum; the reference too."""
+    from lampq_rt.kernels.gpu import configs
+
+    def results(op: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+        args = (args[0].clone(), *args[1:])
+        came = op(*args)
+        return [args[0], *(() if came is None else came if isinstance(came, tuple) else (came,))]
+
+    some = [case for case in cases.weight_level_cases() if case[0] == name]
+    assert some
+    for case in some:
+        packed, dense = case[1], cases.with_dense_weight(case)[1]
+        ops = [getattr(TRITON, name), getattr(reference, name)]
+        if name == "linear_residual_layernorm":
+            ops.append(lambda *a: cases.in_one_kernel(a[:13], configs.ROWS_CANDIDATES[0], *a[13:]))
+        for op in ops:
+            for came, wanted in zip(results(op, packed), results(op, dense), strict=True):
+                assert came.dtype == wanted.dtype and torch.equal(came, wanted), packed[0].shape
+
+
+@pytest.mark.parametrize("a_bits", cases.A_BITS)
+def test_sums_of_levels_are_exact(a_bits: int) -> None:
+    """Also where K is split, and where a step of the loop reaches beyond it."""
+    from lampq_rt.kernels.gpu import start
+    from lampq_rt.kernels.gpu.configs import LinearConfig
+    from lampq_rt.kernels.gpu.linear import FLOAT
+
+    for seed, (m, k, n) in enumerate(((70, 768, 192), (33, 320, 65), (1, 64, 7))):
+        levels = cases.weight_levels(4, seed)
+        x_q, w_q, _, column, _ = cases.linear_case((m, k, n), a_bits, 4, levels)
+        case = (x_q, w_q, torch.ones(n), column, None)
+        wanted = reference.linear_float(*case, "none", torch.float32, levels)
+        assert torch.equal(TRITON.linear_float(*case, "none", torch.float32, levels=levels), wanted)
+        for split in cases.SPLITS:
+            out = torch.full((1, m, n), float("nan"))
+            config = LinearConfig(64, 64, 128, split_k=split, warps=4)
+            start.linear(FLOAT, *case, out, config=config, levels=levels)
+            assert torch.equal(out, wanted)
+
+
 def test_split_k_gives_the_exact_sum_and_cleans_up() -> None:
-    from lampq_rt.kernels.gpu import impl, scratch
+    from lampq_rt.kernels.gpu import scratch, start
     from lampq_rt.kernels.gpu.configs import LinearConfig
     from lampq_rt.kernels.gpu.linear import FLOAT
 
@@ -125,7 +168,7 @@ def test_split_k_gives_the_exact_sum_and_cleans_up() -> None:
     wanted = reference.linear_float(*case, "none", torch.float32)
     for split in cases.SPLITS:
         out = torch.full((1, 70, 192), float("nan"))
-        impl._launch_linear(FLOAT, *case, out, config=LinearConfig(64, 64, 128, split_k=split, warps=4))
+        start.linear(FLOAT, *case, out, config=LinearConfig(64, 64, 128, split_k=split, warps=4))
         torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-6)
     kept = scratch.split_scratch(case[0], 70 * 192, 6)
     assert not any(bool(zeros.any()) for zeros in kept), "the next launch relies on it"
@@ -158,7 +201,7 @@ def test_the_tuner_launches_every_candidate(work: LinearWork, monkeypatch: pytes
         return time
 
     monkeypatch.setattr(tune.triton.testing, "do_bench", bench)
-    found = tune.tune_linear(work, "cpu")
+    found = tune.tune_linear(work, "cpu", levels=work.w_bits == 4)
     assert (found.ms, found.rule_ms) == (1.0, 3.0)
     with pytest.raises(RuntimeError, match=f"no configuration of {work.key} runs"):
         tune.tune_linear(work, "cpu")
@@ -175,7 +218,7 @@ def test_the_tuner_compares_one_kernel_with_two(times: list[float], one: bool, m
         return next(ran)
 
     monkeypatch.setattr(tune.triton.testing, "do_bench", bench)
-    found = tune.tune_linear(LinearWork("rows", 34, 64, 256, 8, 4), "cpu")
+    found = tune.tune_linear(LinearWork("rows", 34, 64, 256, 8, 4), "cpu", levels=one)
     assert (found.config is not None) == one and (found.ms, found.rule_ms) == (min(times), times[0])
 
 

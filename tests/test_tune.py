@@ -61,6 +61,21 @@ def meta_vit(**changes: object) -> torch.nn.Module:
     return tiny_vit(**changes).to("meta")
 
 
+def test_levels_of_a_weight_change_no_key() -> None:
+    x_q, w_q, levels = torch.empty(1, 5, 64), torch.empty(8, 32, dtype=torch.uint8), torch.empty(16, dtype=torch.int8)
+    vectors = (x_q, w_q, *[torch.empty(8)] * 3)
+    for name, args in (
+        ("linear_float", (*vectors, "gelu", torch.bfloat16)),
+        ("linear_requant", (*vectors, "gelu", 1.0, 0, 4, torch.int4, None)),
+        ("linear_residual", (torch.empty(1, 5, 8), *vectors)),
+    ):
+        work = LinearWork.of_call(name, args)
+        assert work.w_bits == 4 and LinearWork.of_call(name, (*args, levels)) == work
+        assert work.out_dtype == {"linear_float": torch.bfloat16, "linear_residual": torch.float32}.get(
+            name, torch.float16
+        )
+
+
 def test_launches_are_those_of_the_whole_model() -> None:
     works = tuning.launches(meta_vit(), SIZE, [2], ["w8a8"])
     assert [w.operations for w in works] == sorted((w.operations for w in works), reverse=True)

@@ -86,43 +86,47 @@ def quantize_cases(bits: int, dtype: torch.dtype) -> Iterator[Case]:
             yield "layernorm_quantize", (x, *affine, 1e-6, 20.0, 3, bits, dtype)
 
 
-def linear_case(shape: tuple[int, int, int], a_bits: int, w_bits: int) -> tuple[Tensor, ...]:
+def linear_case(
+    shape: tuple[int, int, int], a_bits: int, w_bits: int, levels: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """x_q and w_q, packed where 4 bits, scale, column, bias; results spread over the codes of an 8-bit output."""
     m, k, n = shape
     x_q, w_q = codes((1, m, k), a_bits), codes((n, k), w_bits, weight=True, seed=1)
     torch.manual_seed(2)
-    spread = math.sqrt(k) * 2 ** (a_bits + w_bits) / 12
+    spread = math.sqrt(k) * 2 ** (a_bits + (w_bits if levels is None else 8)) / 12
     scale = (torch.rand(n) + 0.5) / spread
     scale[::3] *= -1
-    column = reference.column_constant(w_q, -3)
     stored = [reference.pack_int4(t) if bits <= 4 else t for t, bits in ((x_q, a_bits), (w_q, w_bits))]
-    return (*stored, scale, column, torch.randn(n))
+    return (*stored, scale, reference.column_constant(stored[1], -3, levels), torch.randn(n))
 
 
-def linear_cases(shape: tuple[int, int, int], a_bits: int, w_bits: int) -> Iterator[Case]:
+def linear_cases(shape: tuple[int, int, int], a_bits: int, w_bits: int, levels: Tensor | None = None) -> Iterator[Case]:
     """Every epilogue but that of qkv."""
-    case = linear_case(shape, a_bits, w_bits)
+    case, last = linear_case(shape, a_bits, w_bits, levels), () if levels is None else (levels,)
     for activation in ("none", "gelu"):
         for bits, dtype in ((8, torch.int8), (4, torch.int4 if shape[2] % 64 == 0 else torch.int8)):
             step = 30.0 if bits == 8 else 2.0
-            yield "linear_requant", (*case, activation, step, -2, bits, dtype)
+            tail = (bits, dtype, *((None, *last) if last else ()))
+            yield "linear_requant", (*case, activation, step, -2, *tail)
             channels = ((torch.rand(shape[2]) + 0.5) * step, torch.randn(shape[2]) * 2)
-            yield "linear_requant_channels", (*case, activation, *channels, bits, dtype)
+            yield "linear_requant_channels", (*case, activation, *channels, *tail)
     for dtype in (torch.float32, torch.float16):
-        yield "linear_float", (*case, "none", dtype)
-        yield "linear_residual", (torch.randn(1, shape[0], shape[2]).to(dtype), *case)
+        yield "linear_float", (*case, "none", dtype, *last)
+        yield "linear_residual", (torch.randn(1, shape[0], shape[2]).to(dtype), *case, *last)
 
 
-def qkv_case(case: tuple[int, int, int, int], bits: tuple[int, int]) -> Case:
-    """qkv with its heads laid out."""
+def qkv_case(case: tuple[int, int, int, int], bits: tuple[int, int], levels: Tensor | None = None) -> Case:
+    """qkv with its heads laid out; with `levels`, the weight's codes have 4 bits."""
     batch, tokens, heads, head_dim = case
     width = heads * head_dim
-    w_q = codes((3 * width, width), 8, weight=True)
+    w_q = codes((3 * width, width), 8 if levels is None else 4, weight=True)
+    w_q = w_q if levels is None else reference.pack_int4(w_q)
     x_q = codes((batch, tokens, width), 8, seed=5)
     scale = (torch.rand(3 * width) + 0.5) / (math.sqrt(width) * 5500)
     steps = (torch.rand(3 * heads) * 20 + 20).repeat_interleave(head_dim)
-    column = reference.column_constant(w_q, 9)
-    return "linear_qkv", (x_q, w_q, scale, column, torch.randn(3 * width), heads, steps, *bits)
+    column = reference.column_constant(w_q, 9, levels)
+    args = (x_q, w_q, scale, column, torch.randn(3 * width), heads, steps, *bits)
+    return "linear_qkv", args if levels is None else (*args, levels)
 
 
 def attention_cases(tokens: int, head_dim: int) -> Iterator[Case]:
@@ -151,15 +155,33 @@ def heads_cases(tokens: int, head_dim: int, affine: str) -> Iterator[Case]:
             yield "heads_quantize", (qkv.to(dtype), affine != "none", *norms, 1e-5, heads, steps, *bits)
 
 
-def rows_cases(shape: tuple[int, int, int], bits: tuple[int, int, int]) -> Iterator[Case]:
+def rows_cases(shape: tuple[int, int, int], bits: tuple[int, int, int], levels: Tensor | None = None) -> Iterator[Case]:
     """A residual with the LayerNorm that follows; `bits` of input, weight and output."""
     (m, _, width), (a_bits, w_bits, out_bits) = shape, bits
-    case = linear_case(shape, a_bits, w_bits)
+    case = linear_case(shape, a_bits, w_bits, levels)
     container = torch.int4 if out_bits == 4 else torch.int8
     for norm, dtype in (((torch.randn(width), torch.randn(width)), torch.float16), ((None, None), torch.float32)):
         x = (torch.randn(1, m, width) * 3 + 1).to(dtype)
         tail = (*norm, 1e-6, 20.0 if out_bits == 8 else 2.0, 3, out_bits, container)
-        yield "linear_residual_layernorm", (x, *case, *tail)
+        yield "linear_residual_layernorm", (x, *case, *tail, *(() if levels is None else (None, levels)))
+
+
+def weight_level_cases() -> Iterator[Case]:
+    """Calls with packed weights whose codes name levels: every op, of a qkv those whose K can be packed."""
+    for seed, shape in enumerate(((37, 192, 65), *LINEARS[3:])):
+        for a_bits, w_bits in ((8, 4), (4, 3)) if seed % 2 else ((8, 2), (4, 4)):
+            yield from linear_cases(shape, a_bits, w_bits, weight_levels(w_bits, seed))
+    for shape, bits in zip(ROWS[3:], ROWS_BITS[1:], strict=False):
+        yield from rows_cases(shape, bits, weight_levels(4))
+    yield from (qkv_case(case, bits, weight_levels(4)) for case in (QKV[0], QKV[4]) for bits in QKV_BITS)
+
+
+def with_dense_weight(case: Case) -> Case:
+    """The same call of one of `weight_level_cases` with the levels themselves as weight."""
+    name, (*args, levels) = case
+    place = 2 if name.startswith("linear_residual") else 1
+    args[place] = reference.dense_weight(args[place], levels)
+    return name, tuple(args)
 
 
 def level_cases() -> Iterator[Case]:
@@ -172,13 +194,15 @@ def level_cases() -> Iterator[Case]:
             yield name, args
 
 
-def in_one_kernel(args: tuple[Any, ...], config: Any, table: Tensor | None = None) -> Tensor:
+def in_one_kernel(
+    args: tuple[Any, ...], config: Any, table: Tensor | None = None, levels: Tensor | None = None
+) -> Tensor:
     """`linear_residual_layernorm` by the kernel that holds whole rows; x is args[0], in place."""
-    from lampq_rt.kernels.gpu import impl
+    from lampq_rt.kernels.gpu import impl, start
 
     *operands, bits, dtype = args
     out = impl._empty(args[0], tuple(args[0].shape), dtype).fill_(99)
-    impl.launch_rows(config, *operands[:6], out, *operands[6:], reference.code_range(bits), table)
+    start.rows(config, *operands[:6], out, *operands[6:], reference.code_range(bits), table, levels)
     return out
 
 

@@ -65,6 +65,33 @@ def _linear_cases(m: int, k: int, n: int, a_bits: int, w_bits: int) -> Iterator[
     if n <= configs.MAX_ROW:
         tail = (torch.randn(n), torch.randn(n), 1e-6, 20.0, 3, 8, torch.int8)
         yield f"residual+layernorm {label}", "linear_residual_layernorm", (torch.randn(1, m, n).half(), *args, *tail)
+    if w_bits <= 4:
+        yield from _weight_level_cases(args, label)
+
+
+def _weight_level_cases(args: tuple[Any, ...], label: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Packed weights whose codes name levels, in every epilogue but that of qkv."""
+    x_q, w_q, scale, _, bias = args
+    levels = _levels()
+    args = (x_q, w_q, scale / 18, reference.column_constant(w_q, -3, levels), bias)
+    (_, m, _), n = x_q.shape, len(w_q)
+    label = f"weight levels {label}"
+    yield f"requant {label}", "linear_requant", (*args, "gelu", 30.0, -2, 8, torch.int8, None, levels)
+    channels = ((torch.rand(n) + 0.5) * 30.0, torch.randn(n) * 20)
+    tail = (8, torch.int8, TABLE, levels)
+    yield f"requant channels {label}", "linear_requant_channels", (*args, "none", *channels, *tail)
+    yield f"float {label}", "linear_float", (*args, "none", torch.float16, levels)
+    yield f"residual {label}", "linear_residual", (torch.randn(1, m, n).half(), *args, levels)
+    if n <= configs.MAX_ROW:
+        x, norm = torch.randn(1, m, n).half(), (torch.randn(n), torch.randn(n), 1e-6, 20.0, 3, 8, torch.int8)
+        yield f"residual+layernorm {label}", "linear_residual_layernorm", (x, *args, *norm, None, levels)
+
+
+def _levels() -> Tensor:
+    """int8 [16] in no order."""
+    levels = torch.randint(-127, 128, (reference.LEVELS,), dtype=torch.int8)
+    levels[torch.randperm(reference.LEVELS)[:2]] = torch.tensor([-127, 127], dtype=torch.int8)
+    return levels
 
 
 def _attention_cases(batch: int, tokens: int, heads: int, head_dim: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -74,6 +101,10 @@ def _attention_cases(batch: int, tokens: int, heads: int, head_dim: int) -> Iter
     steps = (torch.rand(3 * heads) * 20 + 20).repeat_interleave(head_dim)
     column, bias = reference.column_constant(w_q, 9), torch.randn(3 * width)
     yield f"qkv {label}", "linear_qkv", (x_q, w_q, scale, column, bias, heads, steps, 8, 8)
+    if width % reference.NIBBLE_GROUP == 0:
+        packed, levels = reference.pack_int4(_codes((3 * width, width), 4)), _levels()
+        column = reference.column_constant(packed, 9, levels)
+        yield f"qkv weight levels {label}", "linear_qkv", (x_q, packed, scale, column, bias, heads, steps, 8, 8, levels)
     floats = torch.randn(batch, tokens, 3 * width)
     norms = [torch.randn(head_dim) for _ in range(4)]
     for kind, x in (("fp32", floats), ("fp16", floats.half())):

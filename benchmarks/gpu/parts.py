@@ -17,7 +17,7 @@ import lampq_rt
 from benchmarks.gpu.models import timing_plan
 from lampq_rt import tuning
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.gpu import configs, impl, tables, tune
+from lampq_rt.kernels.gpu import configs, impl, start, tables, tune
 from lampq_rt.kernels.gpu.work import LinearWork
 from lampq_rt.kernels.ops import NATIVE, SCHEMAS
 
@@ -67,9 +67,9 @@ def _results(came: Any, name: str, args: list[Any]) -> list[torch.Tensor]:
 
 def _in_one_kernel(args: list[Any]) -> list[torch.Tensor]:
     """x and codes of `linear_residual_layernorm` by `linear_rows_kernel`."""
-    *operands, bits, dtype = args
+    *operands, bits, dtype = args[:13]
     out = impl._empty(args[0], tuple(args[0].shape), dtype)
-    impl.launch_rows(configs.ROWS_CANDIDATES[0], *operands[:6], out, *operands[6:], reference.code_range(bits))
+    start.rows(configs.ROWS_CANDIDATES[0], *operands[:6], out, *operands[6:], reference.code_range(bits), *args[13:])
     return [args[0], out]
 
 
@@ -94,18 +94,21 @@ def ceilings(_: list[str], __: Path, ___: Path | None) -> Facts:
 
 
 def gemm(_: list[str], __: Path, ___: Path | None) -> Facts:
-    """TOP/s of the linears of ViT-Base at batch 64, by epilogue, each at its best configuration."""
+    """TOP/s of the linears of ViT-Base at batch 64, by epilogue, each at its best configuration.
+
+    4-bit weights are also timed with levels; a best configuration of its own would ask for keys of its own in tables.
+    """
     rows = []
     for epilogue, n, k, gelu in (
         ("float", 3072, 768, False), ("requant", 3072, 768, False), ("requant", 3072, 768, True),
         ("residual", 768, 3072, False), ("residual", 768, 768, False), ("heads", 2304, 768, False),
     ):  # fmt: skip
         m = 64 * 197
-        for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
+        for a_bits, w_bits, levels in ((8, 8, False), (8, 4, False), (8, 4, True), (4, 4, False)):
             work = LinearWork(epilogue, m, n, k, a_bits, w_bits, gelu=gelu, heads=12, tokens=197)
-            best = tune.tune_linear(work)
+            best = tune.tune_linear(work, levels=levels)
             row = {
-                "key": work.key,
+                "key": work.key + (" weight levels" if levels else ""),
                 "ms": best.ms,
                 "rule_ms": best.rule_ms,
                 "config": best.config and best.config.to_json(),

@@ -10,8 +10,8 @@ One kernel serves the int8 and the packed 4-bit container of either operand and 
 
 Both operands are K-contiguous, as wgmma wants them. A packed operand holds channel j of each group of 64 in the low
 nibble of byte j and channel j + 32 in the high one, so a tile takes two dots: low nibbles against channels j, high
-against j + 32. Nibbles stay 16 times too large (no sign extension, no byte permutes) and the factor is taken off in
-the scale, which is exact.
+against j + 32. Nibbles stay 16 times too large (no sign extension, no byte permutes) and the factor is taken off the
+sum, which is exact. Nibbles of weights that name levels become those, in registers (`level_halves`), as they are.
 
 HEADS: the columns of v use row tiles that never cross an image, so that the transposed tile is stored in 16-byte
     pieces along tokens and the padding of v^T is written (as zeros) by the tile that reaches it. The columns of q and
@@ -23,7 +23,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lampq_rt.kernels.gpu.numerics import codes_int8, gelu, high_nibbles_x16, levels, low_nibbles_x16, pack_nibbles
+from lampq_rt.kernels.gpu.numerics import (
+    codes_int8,
+    gelu,
+    high_nibbles_x16,
+    level_halves,
+    levels,
+    load_levels,
+    low_nibbles_x16,
+    pack_nibbles,
+)
 
 REQUANT = tl.constexpr(0)
 FLOAT = tl.constexpr(1)
@@ -50,16 +59,20 @@ def load_codes(ptr, offsets, mask, k, K, EVEN_K: tl.constexpr, BLOCK_K: tl.const
 
 @triton.jit
 def load_halves(
-    ptr, offsets, mask, k, K, PACKED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr
+    ptr, offsets, mask, k, K, words,
+    PACKED: tl.constexpr, LEVELS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The same channels as two int8 tiles [rows, BLOCK_K / 2]: those of low nibbles and those of high ones.
 
-    Of packed codes, 16 times too large.
+    Of packed codes, 16 times too large, or their LEVELS in `words`. What lies beyond K is code 0, whose level need not
+    be 0: the other operand's zeros are what counts there.
     """
     slots = tl.arange(0, BLOCK_K // 2)  # bytes of a packed tile
     full = mask[:, None] if EVEN_K else mask[:, None] & (k // 2 + slots < K // 2)[None, :]
     if PACKED:
         packed = tl.load(ptr + offsets[:, None] + (k // 2 + slots)[None, :], mask=full, other=0)
+        if LEVELS:
+            return level_halves(packed, words, PTX)
         return low_nibbles_x16(packed, PTX), high_nibbles_x16(packed, PTX)
     low_channels = (k + (slots // 32) * 64 + slots % 32)[None, :]
     low = tl.load(ptr + offsets[:, None] + low_channels, mask=full, other=0)
@@ -69,11 +82,11 @@ def load_halves(
 
 @triton.jit
 def _accumulate(
-    a_ptr, b_ptr, row_offsets, row_mask, column_offsets, column_mask, first_k, last_k, K,
-    A_PACKED: tl.constexpr, B_PACKED: tl.constexpr, EVEN_K: tl.constexpr,
+    a_ptr, b_ptr, levels_ptr, row_offsets, row_mask, column_offsets, column_mask, first_k, last_k, K,
+    A_PACKED: tl.constexpr, B_PACKED: tl.constexpr, B_LEVELS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """int32 [BLOCK_M, BLOCK_N] sum over channels first_k..last_k; 16 times too large for each packed operand."""
+    """int32 [BLOCK_M, BLOCK_N] sum over channels first_k..last_k; `excess` times too large."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     if not A_PACKED and not B_PACKED:
         for k in range(first_k, last_k, BLOCK_K):
@@ -81,9 +94,12 @@ def _accumulate(
             b = load_codes(b_ptr, column_offsets, column_mask, k, K, EVEN_K, BLOCK_K)
             acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
         return acc
+    words = load_levels(levels_ptr)
     for k in range(first_k, last_k, BLOCK_K):
-        a_low, a_high = load_halves(a_ptr, row_offsets, row_mask, k, K, A_PACKED, EVEN_K, BLOCK_K, PTX)
-        b_low, b_high = load_halves(b_ptr, column_offsets, column_mask, k, K, B_PACKED, EVEN_K, BLOCK_K, PTX)
+        a_low, a_high = load_halves(a_ptr, row_offsets, row_mask, k, K, words, A_PACKED, False, EVEN_K, BLOCK_K, PTX)
+        b_low, b_high = load_halves(
+            b_ptr, column_offsets, column_mask, k, K, words, B_PACKED, B_LEVELS, EVEN_K, BLOCK_K, PTX
+        )
         acc = tl.dot(a_low, b_low.T, acc, out_dtype=tl.int32)
         acc = tl.dot(a_high, b_high.T, acc, out_dtype=tl.int32)
     return acc
@@ -126,6 +142,7 @@ def linear_kernel(
     step_ptr,  # HEADS, CHANNELS: fp32 [N], 1/step of every column
     offset_ptr,  # CHANNELS: fp32 [N], zero-point of every column
     table_ptr,  # REQUANT, not packed: int8 [256], see `levels`, or None
+    levels_ptr,  # B_PACKED: int32 [4], see `load_levels`, or None
     partial_ptr,  # SPLIT_K > 1: int32 [M, N] zeros, and
     lock_ptr,  # int32 [tiles], zeros
     M, N, K, TOKENS, PADDED,
@@ -170,9 +187,10 @@ def linear_kernel(
     first_k = tl.program_id(1) * span
     a_rows = rows.to(tl.int64) * (K // 2 if A_PACKED else K)
     b_rows = columns * (K // 2 if B_PACKED else K)
+    has_levels: tl.constexpr = levels_ptr is not None
     acc = _accumulate(
-        a_ptr, b_ptr, a_rows, row_mask, b_rows, column_mask, first_k, tl.minimum(first_k + span, K), K,
-        A_PACKED, B_PACKED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PTX,
+        a_ptr, b_ptr, levels_ptr, a_rows, row_mask, b_rows, column_mask, first_k, tl.minimum(first_k + span, K), K,
+        A_PACKED, B_PACKED, has_levels, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PTX,
     )  # fmt: skip
     place = rows.to(tl.int64)[:, None] * N + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
@@ -189,7 +207,7 @@ def linear_kernel(
 
     scale = tl.load(scale_ptr + columns, mask=column_mask, other=0.0)
     column = tl.load(column_ptr + columns, mask=column_mask, other=0)
-    excess: tl.constexpr = (16 if A_PACKED else 1) * (16 if B_PACKED else 1)
+    excess: tl.constexpr = (16 if A_PACKED else 1) * (16 if B_PACKED and not has_levels else 1)
     if excess > 1:
         acc = acc >> (4 if excess == 16 else 8)  # exact: every term is a multiple
     y = (acc + column[None, :]).to(tl.float32) * scale[None, :]

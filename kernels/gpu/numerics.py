@@ -155,6 +155,64 @@ def high_nibbles_x16(packed, PTX: tl.constexpr):
 
 
 @triton.jit
+def load_levels(levels_ptr):
+    """The level of every nibble, as its bits stand, in four int32 words: entries 0..7 of a code, then -8..-1.
+
+    Args:
+        levels_ptr: int32 [4], the bytes of int8 [16] by signed code from -8 on; or None, for weights without levels.
+    """
+    words = 0, 0, 0, 0
+    if levels_ptr is not None:
+        words = tl.load(levels_ptr + 2), tl.load(levels_ptr + 3), tl.load(levels_ptr), tl.load(levels_ptr + 1)
+    return words
+
+
+@triton.jit
+def level_halves(packed, words, PTX: tl.constexpr):
+    """Levels of the low nibbles of int8 bytes and of the high ones, int8; `words` from `load_levels`.
+
+    The PTX form looks four up in three byte permutes: among the codes from 0 on, among those below, and the sign picks.
+    Low and high nibbles come mixed and are sorted at the end; thirteen instructions for eight levels. The words are
+    operands once for each of the four bytes, of which one is used.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 n, s, a, b, l, h;
+            and.b32 n, $2, 0x77777777;
+            shr.u32 s, $2, 1;
+            lop3.b32 s, s, 0x44444444, 0x32103210, 0xEA;
+            prmt.b32 a, $3, $7, n;
+            prmt.b32 b, $11, $15, n;
+            prmt.b32 l, a, b, s;
+            shr.u32 n, n, 16;
+            shr.u32 s, s, 16;
+            prmt.b32 a, $3, $7, n;
+            prmt.b32 b, $11, $15, n;
+            prmt.b32 h, a, b, s;
+            prmt.b32 $0, l, h, 0x6420;
+            prmt.b32 $1, l, h, 0x7531;
+            }
+            """,
+            "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [packed, words[0], words[1], words[2], words[3]],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    return _level(packed.to(tl.int32), words), _level(packed.to(tl.int32) >> 4, words)
+
+
+@triton.jit
+def _level(nibble, words):
+    """Byte n % 4 of word n // 4, n the last four bits of an int32 `nibble`."""
+    upper = (nibble & 4) != 0
+    word = tl.where((nibble & 8) != 0, tl.where(upper, words[3], words[2]), tl.where(upper, words[1], words[0]))
+    return (word >> ((nibble & 3) * 8)).to(tl.int8)
+
+
+@triton.jit
 def pack_nibbles(codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """int8 codes [ROWS, COLUMNS] in -8..7 to bytes [ROWS, COLUMNS / 2] in the container's order."""
     groups: tl.constexpr = COLUMNS // 64

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from lampq_rt.kernels.gpu import impl, linear
+from lampq_rt.kernels.gpu import linear, start
 from lampq_rt.kernels.gpu.inspection import Compiled, read_amd, read_nvidia
 
 PROCESSORS = {"sm80": 108, "sm89": 58, "sm90": 132, "sm100": 148, "gfx942": 304}
@@ -102,13 +102,13 @@ def recording(arch: str) -> Iterator[list[Launch]]:
         values = {name: value for name, value in values.items() if isinstance(value, (bool, int, float))}
         launches.append(Launch(arch, kernel, grid, values, signature, constants, attributes, parsed.__dict__))
 
-    run, device = JITFunction.run, impl._device
+    run, device = JITFunction.run, start.device_of
     try:
         JITFunction.run = keep
-        impl._device = lambda index: (arch, PROCESSORS[arch], target.backend == "cuda")  # type: ignore[assignment]
+        start.device_of = lambda index: (arch, PROCESSORS[arch], target.backend == "cuda")  # type: ignore[assignment]
         yield launches
     finally:
-        JITFunction.run, impl._device = run, device
+        JITFunction.run, start.device_of = run, device
 
 
 def compile_launch(launch: Launch) -> Compiled:
@@ -124,4 +124,4 @@ def compile_launch(launch: Launch) -> Compiled:
 def epilogue_of(launch: Launch) -> str:
     """Of a linear: "requant", "float", "residual" or "heads"."""
     assert launch.kernel is linear.linear_kernel
-    return impl.NAMES[launch.values["EPILOGUE"]]
+    return start.NAMES[launch.values["EPILOGUE"]]

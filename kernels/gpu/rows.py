@@ -12,18 +12,19 @@ import triton
 import triton.language as tl
 
 from lampq_rt.kernels.gpu.linear import load_codes, load_halves
-from lampq_rt.kernels.gpu.numerics import codes_int8, levels, pack_nibbles
+from lampq_rt.kernels.gpu.numerics import codes_int8, levels, load_levels, pack_nibbles
 
 
 @triton.jit
 def _add_products(
-    acc, a_low, a_high, b_ptr, columns, D, k, K,
-    B_PACKED: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, PTX: tl.constexpr,
+    acc, a_low, a_high, b_ptr, columns, D, k, K, words,
+    B_PACKED: tl.constexpr, B_LEVELS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """acc + a @ b^T for one tile of columns; `a_high` counts only where channels come in halves (SPLIT)."""
     offsets = columns * (K // 2 if B_PACKED else K)
     if SPLIT:
-        b_low, b_high = load_halves(b_ptr, offsets, columns < D, k, K, B_PACKED, EVEN_K, BLOCK_K, PTX)
+        b_low, b_high = load_halves(b_ptr, offsets, columns < D, k, K, words, B_PACKED, B_LEVELS, EVEN_K, BLOCK_K, PTX)
         acc = tl.dot(a_low, b_low.T, acc, out_dtype=tl.int32)
         acc = tl.dot(a_high, b_high.T, acc, out_dtype=tl.int32)
     else:
@@ -85,6 +86,7 @@ def linear_rows_kernel(
     x_ptr,  # residual stream [M, D], floating point, in place
     norm_weight_ptr, norm_bias_ptr,  # fp32 [D], likewise
     table_ptr,  # int8 [256], see `levels`, or None
+    levels_ptr,  # B_PACKED: int32 [4], see `load_levels`, or None
     out_ptr,  # int8 [M, D], or packed [M, D/2]
     M, D, K, eps, inv_scale, zero_point,
     HAS_BIAS: tl.constexpr, HAS_NORM_WEIGHT: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
@@ -100,17 +102,23 @@ def linear_rows_kernel(
     acc_0 = tl.zeros((BLOCK_M, TILE_0), dtype=tl.int32)
     acc_1 = tl.zeros((BLOCK_M, TILE_1 if TILE_1 > 0 else 1), dtype=tl.int32)
     split: tl.constexpr = A_PACKED or B_PACKED
+    has_levels: tl.constexpr = levels_ptr is not None
+    words = load_levels(levels_ptr)
     for k in range(0, K, BLOCK_K):
         if split:
-            low, high = load_halves(a_ptr, offsets, rows < M, k, K, A_PACKED, EVEN_K, BLOCK_K, PTX)
+            low, high = load_halves(a_ptr, offsets, rows < M, k, K, words, A_PACKED, False, EVEN_K, BLOCK_K, PTX)
         else:
             low = load_codes(a_ptr, offsets, rows < M, k, K, EVEN_K, BLOCK_K)
             high = low
-        acc_0 = _add_products(acc_0, low, high, b_ptr, columns_0, D, k, K, B_PACKED, split, EVEN_K, BLOCK_K, PTX)
+        acc_0 = _add_products(
+            acc_0, low, high, b_ptr, columns_0, D, k, K, words, B_PACKED, has_levels, split, EVEN_K, BLOCK_K, PTX
+        )
         if TILE_1 > 0:
-            acc_1 = _add_products(acc_1, low, high, b_ptr, columns_1, D, k, K, B_PACKED, split, EVEN_K, BLOCK_K, PTX)
+            acc_1 = _add_products(
+                acc_1, low, high, b_ptr, columns_1, D, k, K, words, B_PACKED, has_levels, split, EVEN_K, BLOCK_K, PTX
+            )
 
-    excess: tl.constexpr = (16 if A_PACKED else 1) * (16 if B_PACKED else 1)
+    excess: tl.constexpr = (16 if A_PACKED else 1) * (16 if B_PACKED and not has_levels else 1)
     x_0 = _new_rows(acc_0, x_ptr, scale_ptr, column_ptr, bias_ptr, rows, columns_0, M, D, excess, HAS_BIAS)
     total = tl.sum(x_0, 1)
     if TILE_1 > 0:

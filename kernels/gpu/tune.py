@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.gpu import configs, impl, linear, tables
+from lampq_rt.kernels.gpu import configs, impl, linear, start, tables
 from lampq_rt.kernels.gpu.work import LinearWork
 
 EPILOGUES = {"requant": linear.REQUANT, "float": linear.FLOAT, "residual": linear.RESIDUAL, "heads": linear.HEADS}
@@ -49,21 +49,22 @@ class Tuned:
     rule_ms: float | None
 
 
-def tune_linear(work: LinearWork, device: str = "cuda") -> Tuned:
+def tune_linear(work: LinearWork, device: str = "cuda", *, levels: bool = False) -> Tuned:
     """Time every candidate on random data (zeros would draw less power).
 
     Args:
         work: the launch.
         device: "cuda"; "cpu" in Triton's interpreter.
+        levels: codes of the packed weight name levels. The key is the same: tables are tuned without.
 
     Raises:
         RuntimeError: no candidate runs on this GPU.
     """
     case = _case(work, device)
     if work.epilogue == "rows":
-        return _tune_rows(work, case)
-    options = _options(work, case)
-    arch, processors, _ = impl._of(case["x_q"])
+        return _tune_rows(work, case, _levels(device) if levels else None)
+    options = {**_options(work, case), "levels": _levels(device) if levels else None}
+    arch, processors, _ = start.facts(case["x_q"])
     shape = (work.m, work.n, work.k)
     rule = configs.linear_config(*shape, processors, arch, work.a_bits, work.w_bits)
     times: dict[configs.LinearConfig, float] = {}
@@ -73,7 +74,7 @@ def tune_linear(work: LinearWork, device: str = "cuda") -> Tuned:
 
         def launch(config: configs.LinearConfig = config) -> None:
             args = (case["x_q"], case["w_q"], case["scale"], case["column"], case["bias"], case["out"])
-            impl._launch_linear(EPILOGUES[work.epilogue], *args, config=config, **options)
+            start.linear(EPILOGUES[work.epilogue], *args, config=config, **options)
 
         try:
             times[config] = _time(launch)
@@ -85,25 +86,25 @@ def tune_linear(work: LinearWork, device: str = "cuda") -> Tuned:
     return Tuned(best, times[best], times.get(rule))
 
 
-def _tune_rows(work: LinearWork, case: dict[str, Tensor]) -> Tuned:
+def _tune_rows(work: LinearWork, case: dict[str, Tensor], levels: Tensor | None) -> Tuned:
     """One kernel against two, which should have been tuned before."""
     linear_args = (case["x_q"], case["w_q"], case["scale"], case["column"], case["bias"])
     norm = (None, None, 1e-6, 20.0, 0)
     codes = case["out"].new_empty((work.m, work.n), dtype=torch.int8)
 
     def two() -> None:
-        impl.linear_residual(case["out"], *linear_args)
+        impl.linear_residual(case["out"], *linear_args, levels)
         impl.layernorm_quantize(case["out"], *norm, 8, torch.int8)
 
     best: tuple[float, configs.LinearConfig | None] = (_time(two), None)
     two_ms = best[0]
-    arch = impl._of(case["x_q"])[0]
+    arch = start.facts(case["x_q"])[0]
     for config in configs.ROWS_CANDIDATES:
         if not configs.rows_feasible(config, work.n, arch, work.a_bits, work.w_bits):
             continue
 
         def one(config: configs.LinearConfig = config) -> None:
-            impl.launch_rows(config, case["out"], *linear_args, codes, *norm, reference.code_range(8))
+            start.rows(config, case["out"], *linear_args, codes, *norm, reference.code_range(8), None, levels)
 
         try:
             best = min(best, (_time(one), config), key=lambda pair: pair[0])
@@ -143,6 +144,11 @@ def tune_all(
         found = tune_linear(work)
         tables.save(arch, {work.key: found.config}, table)
         yield work, found
+
+
+def _levels(device: str) -> Tensor:
+    """Random levels of weights."""
+    return torch.randint(-127, 128, (reference.LEVELS,), dtype=torch.int8, device=device)
 
 
 def _case(work: LinearWork, device: str) -> dict[str, Tensor]:

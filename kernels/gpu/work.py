@@ -97,7 +97,7 @@ class LinearWork:
         else:
             work["gelu"] = args[5] == "gelu"
             if epilogue == "float":
-                work["out_dtype"] = args[-1]
+                work["out_dtype"] = next(arg for arg in args if isinstance(arg, torch.dtype))
             elif any(arg is reference.INT4 for arg in args):
                 work["out_bits"] = 4
         return cls(epilogue, x_q.numel() // x_q.shape[-1], n, k, **work)
