@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lampq_rt import channels
+from lampq_rt.calibrate.drop import Drop
 from lampq_rt.inputs import quantized_input
 from lampq_rt.kernels import reference
 from lampq_rt.plan import SiteParams
@@ -31,6 +32,9 @@ class LearningLinear(nn.Module):
         log_input_step: fp32 [], natural logarithm of the input's step; None where every channel has its own, which
             the weight's codes stand for.
         bias: fp32 [N], or None.
+        soft: codes that are not rounded, fp32 [N, K], where a module gives them in place of `codes`
+            (`learned_rounding`).
+        drop: leaves elements of the input in floating point; None: none.
     """
 
     def __init__(self, linear: SimulatedLinear) -> None:
@@ -51,13 +55,19 @@ class LearningLinear(nn.Module):
         self.log_input_step = None if own is None else nn.Parameter(own)
         bias = linear.original.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.soft: nn.Module | None = None
+        self.drop: Drop | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """As `SimulatedLinear.forward`."""
         if not self.params.formats["input"].is_float:
             step = None if self.log_input_step is None else self.log_input_step.exp()
-            x = cast(Tensor, _QuantizedInput.apply(x, step, self.params))
-        rows = cast(Tensor, _QuantizedWeight.apply(self.codes, self.log_weight_step.exp(), *self.range))
+            x_hat = cast(Tensor, _QuantizedInput.apply(x, step, self.params))
+            x = x_hat if self.drop is None else self.drop(x, x_hat)
+        if self.soft is None:
+            rows = cast(Tensor, _QuantizedWeight.apply(self.codes, self.log_weight_step.exp(), *self.range))
+        else:
+            rows = self.soft() * self.log_weight_step.exp()[:, None]
         rows = channels.unscaled_weight(rows, self.params)
         original = self.original[0]
         if isinstance(original, nn.Conv2d):
