@@ -49,7 +49,7 @@ def importance(exact: VisionTransformer, block: int, y: Tensor, wanted: Tensor, 
 class Aph:
     """`Objective` whose weights are fp32 [tokens, width] a block, of mean 1."""
 
-    orders = ("together", "blocks")
+    orders: tuple[str, ...] = ("together", "blocks")
     why = ""
 
     def measure(self, study: Study) -> BlockError:

@@ -76,7 +76,7 @@ def root(z: Tensor, g: Tensor) -> Tensor:
 class Fisher:
     """`Objective` whose statistics are fp32 [rank + 1, tokens * width] a block."""
 
-    orders = ("together", "blocks")
+    orders: tuple[str, ...] = ("together", "blocks")
     why = ""
 
     def measure(self, study: Study) -> BlockError:

@@ -11,7 +11,7 @@ from lampq_rt.calibrate.objectives.base import OBJECTIVES, BlockError, Study, re
 class Mse:
     """`Objective` without statistics."""
 
-    orders = ("together", "blocks")
+    orders: tuple[str, ...] = ("together", "blocks")
     why = ""
 
     def measure(self, study: Study) -> BlockError:

@@ -22,7 +22,7 @@ LOCAL = 2.0
 class Suffix:
     """`Objective` without statistics."""
 
-    orders = ("blocks",)
+    orders: tuple[str, ...] = ("blocks",)
     why = "it runs all that follows behind every block"
 
     def measure(self, study: Study) -> BlockError:
