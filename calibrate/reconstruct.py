@@ -1,13 +1,13 @@
 """Reconstruction: what a finished plan rounds away is learned back, from images alone.
 
-All blocks learn together. A step draws images, changes each at random (crop, aspect, flip: an image needs no label,
-for the floating-point model says what is right), and follows the gradient of
+A step draws images and follows the gradient of
 
-    blocks * mean over blocks of ||y_hat - y||^2 / ||y - mean(y)||^2  +  answers * KL(p || p_hat)
+    blocks * mean over blocks of the objective + answers * KL(p || p_hat)
 
-where y is what the block gives in the floating-point model, rewritten as the quantised one was: block reconstruction
-(BRECQ, 2102.05426) with the whole quantised prefix as input, and block losses through the rest of the model. Rounding
-is straight-through, its steps learn as in LSQ (`straight_through`); norms and biases learn, too.
+where the objective (`objectives`) counts how far what a block gives is from what it gives in the floating-point model,
+rewritten as the quantised one was. Blocks learn together, with the whole quantised prefix as input, or one after the
+other as in BRECQ (2102.05426): `orders`. Rounding is straight-through or AdaRound's (`learned_rounding`), steps learn
+as in LSQ (`straight_through`), inputs may be left in floating point at random (`drop`); norms and biases learn, too.
 """
 
 from __future__ import annotations
@@ -16,28 +16,35 @@ import copy
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lampq_rt.calibrate.augment import augmented
+from lampq_rt.calibrate.drop import Drop
+from lampq_rt.calibrate.learned_rounding import ROUNDINGS
+from lampq_rt.calibrate.objectives import OBJECTIVES, First, Study
 from lampq_rt.calibrate.observe import Progress
+from lampq_rt.calibrate.orders import ORDERS, Course, Unit
 from lampq_rt.calibrate.resume import Resume
-from lampq_rt.calibrate.straight_through import LearningLinear, LearningMatmul, learning, learning_matmuls
+from lampq_rt.calibrate.straight_through import LearningLinear, learning, learning_matmuls
 from lampq_rt.errors import DataError
 from lampq_rt.plan import SiteParams, update_digest, weights_digest
 from lampq_rt.simulate import Simulation
 
+__all__ = ["Schedule", "augmented", "reconstruct"]
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast.
+    """What is trained, how long and how fast.
 
     Attributes:
-        steps: of Adam; 0 leaves the plan as it is.
+        steps: of Adam; 0 leaves the plan as it is. With order "blocks", of each block.
         batch: images a step.
         codes: learning rate of weights, in codes a step.
         factors: of logarithms of steps.
@@ -46,6 +53,16 @@ class Schedule:
         answers: weight of the answers' divergence.
         edge: how far from its code a weight may start: it is that of the floating-point model, moved so near that it
             still rounds to the code of the plan.
+        objective: name of `objectives`: what the error of a block's output counts.
+        order: name of `orders`: "together" or "blocks".
+        rounding: name of `learned_rounding`: "straight-through" or "adaround".
+        soft: learning rate of AdaRound's V.
+        drop: probability that an element of a linear's input is left in floating point (QDrop); 0: never.
+        statistics: images that an objective measures its statistics on, before training.
+
+    Raises:
+        UnknownNameError: no such objective, order or rounding.
+        ValueError: the objective makes no sense in this order, or a number is out of range.
     """
 
     steps: int = 0
@@ -56,20 +73,34 @@ class Schedule:
     blocks: float = 10.0
     answers: float = 0.3
     edge: float = 0.45
+    objective: str = "mse"
+    order: str = "together"
+    rounding: str = "straight-through"
+    soft: float = 0.05
+    drop: float = 0.0
+    statistics: int = 32
+
+    def __post_init__(self) -> None:
+        objective = OBJECTIVES.get(self.objective)
+        ORDERS.get(self.order)
+        ROUNDINGS.get(self.rounding)
+        if self.order not in objective.orders:
+            allowed = ", ".join(objective.orders)
+            raise ValueError(f"objective {self.objective!r}, order {self.order!r}: {objective.why}; allowed: {allowed}")
+        if not 0.0 <= self.drop < 1.0:
+            raise ValueError(f"drop {self.drop}; allowed: 0 or more, less than 1")
+        if self.statistics < 1:
+            raise ValueError(f"statistics on {self.statistics} images; allowed: 1 or more")
+
+    def facts(self) -> dict[str, Any]:
+        """What tells two schedules apart: choices that came later are named only where they are not the default."""
+        chosen = {field.name: field.default for field in fields(self)}
+        later = ("objective", "order", "rounding", "soft", "drop", "statistics")
+        return {key: value for key, value in asdict(self).items() if key not in later or value != chosen[key]}
 
 
 WARM_UP = 10
 """Steps in which the rates rise."""
-
-SMALLEST_CROP = 0.55
-"""Least share of a side that a random crop keeps."""
-
-LARGEST_ASPECT = 0.2
-"""Greatest logarithm of a crop's change of aspect."""
-
-
-GRAPH = 4
-"""Images whose activations are in memory at once."""
 
 KEEP_EVERY = 20
 """Steps between two states kept."""
@@ -91,7 +122,7 @@ def reconstruct(
         model: in floating point, rewritten as `quantised` was.
         quantised: set to the plan; used up.
         images: fp32 [n, C, H, W], normalised, on the simulation's device.
-        schedule: how long and how fast.
+        schedule: what is trained, how long and how fast.
         seed: of drawn images and their changes.
         progress: called with steps done and their number.
         resume: file that keeps the state; where it is there, of the same work, the stage goes on from it.
@@ -109,52 +140,121 @@ def reconstruct(
     _start_near(linears, exact, schedule.edge)
     rest = _rest(quantised.model)
     matmuls = learning_matmuls(quantised)
-    optimiser = torch.optim.Adam(_groups(linears, matmuls, rest, schedule), betas=(0.9, 0.99))
-    rates = [group["lr"] for group in optimiser.param_groups]
     begin, tensors = state.load(digest)
-    _restore(optimiser, tensors, begin)
-    for step in range(begin, schedule.steps):
-        draws = torch.Generator().manual_seed(seed * schedule.steps + step)
-        share = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * share
-        drawn = torch.randperm(len(images), generator=draws)[: schedule.batch]
-        seen = augmented(images[drawn.to(images.device)], draws)
-        optimiser.zero_grad(set_to_none=True)
-        for linear in linears.values():
-            linear.hold()
-        for part in seen.split(GRAPH):
-            loss = _loss(exact, quantised.model, part, schedule, precision) * len(part) / len(seen)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise DataError(f"the training diverged: its loss is {value} at step {step + 1}; choose more bits")
-            loss.backward()  # type: ignore[no-untyped-call]
-        for linear in linears.values():
-            linear.release()
-        optimiser.step()
-        if (step + 1) % KEEP_EVERY == 0 and step + 1 < schedule.steps:
-            state.save(digest, step + 1, _kept(optimiser))
-        if progress is not None:
-            progress(step + 1, schedule.steps)
+    first = First({name.removeprefix("first."): t for name, t in tensors.items() if name.startswith("first.")})
+    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: schedule.statistics]
+    study = Study(_vit(exact), _vit(quantised.model), images[some.to(images.device)], first)
+    error = OBJECTIVES.get(schedule.objective).measure(study)  # before `_restore_model`: of the model as it came
+    course = Course(
+        study.exact, study.quantised, linears, matmuls, rest, images, error,
+        schedule.steps, schedule.batch, schedule.blocks, schedule.answers, seed, precision,
+    )  # fmt: skip
+    training = _Training(course, schedule, first, state, digest, progress)
+    training.run(begin, tensors)
     sites = {name: module.learned() for name, module in {**linears, **matmuls}.items()}
     return sites, {name: parameter.detach().float().cpu().clone() for name, parameter in rest.items()}
 
 
-def augmented(images: Tensor, draws: torch.Generator) -> Tensor:
-    """fp32 [B, C, H, W], each image cropped, stretched and flipped at random, to the same size."""
-    count = len(images)
+class _Training:
+    """The steps of a course, one unit after the other."""
 
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=draws)
+    def __init__(
+        self, course: Course, schedule: Schedule, first: First, state: Resume, digest: str, progress: Progress | None
+    ) -> None:
+        self.course, self.schedule, self.first = course, schedule, first
+        self.state, self.digest, self.progress = state, digest, progress
+        self.order, self.rounding = ORDERS.get(schedule.order), ROUNDINGS.get(schedule.rounding)
+        self.units = self.order.count(course)
+        self.total = self.units * schedule.steps
+        self.drop = Drop(schedule.drop)
+        for linear in course.linears.values():
+            linear.drop = self.drop if schedule.drop else None
 
-    side, stretch = uniform(SMALLEST_CROP, 1.0), uniform(-LARGEST_ASPECT, LARGEST_ASPECT).exp()
-    place = torch.zeros(count, 2, 3)
-    for axis, extent in enumerate(((side * stretch).clamp(max=1.0), (side / stretch).clamp(max=1.0))):
-        place[:, axis, axis] = extent
-        place[:, axis, 2] = uniform(-1.0, 1.0) * (1.0 - extent)
-    place[:, 0, 0] *= torch.where(uniform(0.0, 1.0) < 0.5, -1.0, 1.0)
-    grid = F.affine_grid(place, list(images.shape), align_corners=False).to(images.device)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    def run(self, begin: int, tensors: Mapping[str, Tensor]) -> None:
+        """All steps from `begin` on, which `tensors` are the state of."""
+        _restore_model(self._model(), tensors)
+        for number, unit in enumerate(self.order.units(self.course)):
+            done = begin - number * self.schedule.steps
+            if done < self.schedule.steps:
+                self._train(unit, number, max(done, 0), tensors)
+
+    def _train(self, unit: Unit, number: int, begin: int, tensors: Mapping[str, Tensor]) -> None:
+        """One unit; `tensors` are its state if `begin` is not 0."""
+        schedule, linears = self.schedule, list(unit.linears.values())
+        self.rounding.begin(linears)
+        optimiser = torch.optim.Adam(self._groups(unit), betas=(0.9, 0.99))
+        rates = [group["lr"] for group in optimiser.param_groups]
+        _restore(optimiser, tensors, begin)
+        steps = range(begin, schedule.steps if _learners(optimiser) else 0)
+        for step in steps:
+            share = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * share
+            optimiser.zero_grad(set_to_none=True)
+            self._gradients(unit, number, step)
+            optimiser.step()
+            done = number * schedule.steps + step + 1
+            if done % KEEP_EVERY == 0 and step + 1 < schedule.steps:
+                self._save(done, _kept(optimiser))
+            if self.progress is not None:
+                self.progress(done, self.total)
+        self.rounding.finish(linears)
+        if number + 1 < self.units:
+            self._save((number + 1) * schedule.steps, {})
+
+    def _gradients(self, unit: Unit, number: int, step: int) -> None:
+        """Those of a step."""
+        place = self.course.seed * self.total + number * self.schedule.steps + step
+        parts = unit.draw(torch.Generator().manual_seed(place))
+        count, size = sum(len(part[0]) for part in parts), 0.0
+        for linear in unit.linears.values():
+            linear.hold()
+        for index, part in enumerate(parts):
+            with self.drop.at(place * len(parts) + index, part[0].device):
+                loss = unit.loss(part)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                at = place - self.course.seed * self.total + 1
+                raise DataError(f"the training diverged: its loss is {value} at step {at}; choose more bits")
+            size = self.first.of(f"unit.{number}", loss)
+            (loss * len(part[0]) / count).backward()  # type: ignore[no-untyped-call]
+        for linear in unit.linears.values():
+            linear.release()
+        penalty = self.rounding.penalty(unit.linears.values(), step / self.schedule.steps)
+        if penalty is not None:
+            (penalty * (size / unit.blocks)).backward()  # type: ignore[no-untyped-call]
+
+    def _groups(self, unit: Unit) -> list[dict[str, Any]]:
+        """What learns, and how fast."""
+        linears, schedule, rounding = unit.linears.values(), self.schedule, self.rounding
+        factors = [p for m in linears for p in (*rounding.steps(m), m.log_input_step) if p is not None]
+        factors += [p for m in unit.matmuls.values() for p in m.log_steps.values()]
+        return [
+            {"params": [p for m in linears for p in rounding.weights(m)], "lr": getattr(schedule, rounding.rate)},
+            {"params": factors, "lr": schedule.factors},
+            {"params": list(unit.rest.values()), "lr": schedule.rest},
+        ]
+
+    def _model(self) -> dict[str, nn.Parameter]:
+        """What the state holds beside the unit that trains: all that learns, where there are several units."""
+        if self.units == 1:
+            return {}
+        found = dict(self.course.rest)
+        for name, linear in self.course.linears.items():
+            own = {"codes": linear.codes, "weight": linear.log_weight_step, "input": linear.log_input_step}
+            found.update({f"{name}.{leaf}": p for leaf, p in own.items() if p is not None})
+        for name, matmul in self.course.matmuls.items():
+            found.update({f"{name}.{leaf}": p for leaf, p in matmul.log_steps.items()})
+        return found
+
+    def _save(self, done: int, kept: Mapping[str, Tensor]) -> None:
+        model = {f"model.{name}": parameter.detach().clone() for name, parameter in self._model().items()}
+        first = {f"first.{name}": value for name, value in self.first.values.items()}
+        self.state.save(self.digest, done, {**kept, **model, **first})
+
+
+def _vit(model: nn.Module) -> VisionTransformer:
+    return cast(VisionTransformer, model)
 
 
 def product_precision(device: torch.device) -> torch.dtype:
@@ -167,33 +267,6 @@ def product_precision(device: torch.device) -> torch.dtype:
     else:
         fast = torch.cpu._is_avx512_bf16_supported()  # type: ignore[attr-defined]
     return torch.bfloat16 if fast else torch.float32
-
-
-def _loss(exact: nn.Module, quantised: nn.Module, images: Tensor, schedule: Schedule, precision: torch.dtype) -> Tensor:
-    """See the top of the file."""
-    with torch.no_grad(), torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        wanted, targets = _blocks(exact, images)
-    wanted, targets = wanted.float(), [target.float() for target in targets]
-    found, outputs = _blocks(quantised, images)
-    loss = schedule.answers * F.kl_div(
-        found.flatten(1).log_softmax(-1), wanted.flatten(1).log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-    for y_hat, y in zip(outputs, targets, strict=True):
-        spread = (y - y.mean(-1, keepdim=True)).square().mean()
-        loss = loss + schedule.blocks / len(targets) * F.mse_loss(y_hat, y) / spread
-    return loss
-
-
-def _blocks(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and what every block gives."""
-    outputs: list[Tensor] = []
-    blocks: Any = model.blocks
-    handles = [block.register_forward_hook(lambda _, __, out: outputs.append(out)) for block in blocks]
-    try:
-        return model(images), outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -217,19 +290,12 @@ def _rest(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _groups(
-    linears: Mapping[str, LearningLinear],
-    matmuls: Mapping[str, LearningMatmul],
-    rest: Mapping[str, nn.Parameter],
-    schedule: Schedule,
-) -> list[dict[str, Any]]:
-    factors = [p for m in linears.values() for p in (m.log_weight_step, m.log_input_step) if p is not None]
-    factors += [p for m in matmuls.values() for p in m.log_steps.values()]
-    return [
-        {"params": [m.codes for m in linears.values()], "lr": schedule.codes},
-        {"params": factors, "lr": schedule.factors},
-        {"params": list(rest.values()), "lr": schedule.rest},
-    ]
+@torch.no_grad()
+def _restore_model(model: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Undo what `_Training._save` kept of the model; nothing where there is no state."""
+    for name, parameter in model.items():
+        if tensors:
+            parameter.copy_(tensors[f"model.{name}"])
 
 
 def _learners(optimiser: torch.optim.Adam) -> list[nn.Parameter]:
@@ -259,7 +325,7 @@ def _restore(optimiser: torch.optim.Adam, tensors: Mapping[str, Tensor], step: i
 def _digest(quantised: Simulation, exact: nn.Module, images: Tensor, schedule: Schedule, seed: int) -> str:
     """SHA-256 of everything that the outcome depends on, hexadecimal."""
     precision = product_precision(images.device)
-    digest = hashlib.sha256(f"{asdict(schedule)}|{seed}|{torch.__version__}|{precision}|".encode())
+    digest = hashlib.sha256(f"{schedule.facts()}|{seed}|{torch.__version__}|{precision}|".encode())
     digest.update(weights_digest(exact).encode() + weights_digest(quantised.model).encode())
     for site in quantised.description.sites:
         params = quantised.module(site.name).params

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lampq_rt import channels
+from lampq_rt.calibrate.drop import Drop
 from lampq_rt.inputs import quantized_input
 from lampq_rt.kernels import reference
 from lampq_rt.plan import SiteParams
@@ -36,6 +37,9 @@ class LearningLinear(nn.Module):
         log_input_step: fp32 [], natural logarithm of the input's step; None where every channel has its own, which
             the weight's codes stand for.
         bias: fp32 [N], or None.
+        soft: codes that are not rounded, fp32 [N, K], where a module gives them in place of `codes`
+            (`learned_rounding`).
+        drop: leaves elements of the input in floating point; None: none.
     """
 
     def __init__(self, linear: SimulatedLinear, precision: torch.dtype = torch.float32) -> None:
@@ -58,12 +62,15 @@ class LearningLinear(nn.Module):
         self.log_input_step = None if own is None else nn.Parameter(own)
         bias = linear.original.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.soft: nn.Module | None = None
+        self.drop: Drop | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """As `SimulatedLinear.forward`."""
         if not self.params.formats["input"].is_float:
             step = None if self.log_input_step is None else self.log_input_step.exp()
-            x = cast(Tensor, _QuantizedInput.apply(x, step, self.params))
+            x_hat = cast(Tensor, _QuantizedInput.apply(x, step, self.params))
+            x = x_hat if self.drop is None else self.drop(x, x_hat)
         rows, original = self._rows() if self._made is None else self._made[1], self.original[0]
         if isinstance(original, nn.Conv2d):
             return cast(Tensor, _Patches.apply(x, rows.view_as(original.weight), self.bias, original.stride))
@@ -74,7 +81,10 @@ class LearningLinear(nn.Module):
 
     def _rows(self) -> Tensor:
         """fp32 [N, K]: the quantised weight."""
-        rows = cast(Tensor, _QuantizedWeight.apply(self.codes, self.log_weight_step.exp(), self.values))
+        if self.soft is None:
+            rows = cast(Tensor, _QuantizedWeight.apply(self.codes, self.log_weight_step.exp(), self.values))
+        else:
+            rows = self.soft() * self.log_weight_step.exp()[:, None]
         return channels.unscaled_weight(rows, self.params)
 
     def hold(self) -> None:

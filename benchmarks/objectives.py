@@ -1,0 +1,147 @@
+"""What each objective, order, rounding and drop of training buys, from the same start, on real weights.
+
+    python -m benchmarks.objectives --data DIR [--model deit_tiny_patch16_224] [--bits 4] [--steps 240] \
+        [--train-images 768] [--only blocks] [--out docs/calibration.md]
+
+DIR holds `weights/NAME.safetensors` and `calib1000/`. The start is the plan of recipe `fast`, made anew for every row
+(the same bits every time). KL to fp32 and agreement are of the integer runtime on images of `calib1000` that neither
+calibrate nor train. A step of order "blocks" runs one block and one of order "together" all of them, so the same number
+of steps is about the same work, but for what `suffix` runs behind each block.
+
+Every finished row is kept in benchmarks/results/objectives.jsonl and not computed again; a row that was stopped goes on
+from its state beside that file, which a second run at the same time would get in the way of.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import lampq_rt
+from benchmarks.markdown import put_between
+from benchmarks.results import answers
+from lampq_rt import images, models
+from lampq_rt.bench import machine
+from lampq_rt.calibrate import RECIPES, Budget, Material, calibrate
+from lampq_rt.calibrate.reconstruct import Schedule
+from lampq_rt.evaluate import kl_divergence
+
+ROWS = Path(__file__).parent / "results" / "objectives.jsonl"
+BASE = "fast"
+CALIBRATION = 32
+HELD_OUT = 200
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "before": {"steps": 0},
+    "together, mse": {},
+    "together, aph": {"objective": "aph"},
+    "together, fisher": {"objective": "fisher"},
+    "together, mse, drop": {"drop": 0.5},
+    "together, mse, adaround": {"rounding": "adaround"},
+    "together, mse, adaround, drop": {"rounding": "adaround", "drop": 0.5},
+    "blocks, mse": {"order": "blocks"},
+    "blocks, aph": {"order": "blocks", "objective": "aph"},
+    "blocks, fisher": {"order": "blocks", "objective": "fisher"},
+    "blocks, suffix": {"order": "blocks", "objective": "suffix"},
+    "blocks, mse, adaround (AdaLog)": {"order": "blocks", "rounding": "adaround"},
+    "blocks, aph, adaround, drop (APHQ-ViT)": {
+        "order": "blocks", "objective": "aph", "rounding": "adaround", "drop": 0.5,
+    },
+    "blocks, fisher, adaround, drop (FIMA-Q)": {
+        "order": "blocks", "objective": "fisher", "rounding": "adaround", "drop": 0.5,
+    },
+}  # fmt: skip
+"""What is compared, by label: what differs from the default schedule. Names in brackets: whose training it is like."""
+
+console = Console()
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with weights/ and calib1000/.")],
+    out: Annotated[Path | None, typer.Option(help="Markdown file with the two markers.")] = None,
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "deit_tiny_patch16_224",
+    bits: Annotated[int, typer.Option(help="Mean bits.")] = 4,
+    steps: Annotated[int, typer.Option(help="Of training; of each block in order `blocks`.")] = 240,
+    train_images: Annotated[int, typer.Option(help="Images to train on.")] = 768,
+    statistics: Annotated[int, typer.Option(help="Images to measure an objective's statistics on.")] = 32,
+    only: Annotated[str, typer.Option(help="Only rows whose label contains this.")] = "",
+    held_out: Annotated[int, typer.Option(help="Images to compare on.")] = HELD_OUT,
+) -> None:
+    """Fill in the rows that are missing and write the table of all."""
+    work = {"model": model, "bits": bits, "steps": steps, "train_images": train_images, "held_out": held_out}
+    done = {_key(row): row for row in _read()}
+    labels = [label for label in VARIANTS if only in label and _key({**work, "label": label}) not in done]
+    if labels:
+        for row in rows(data, work, labels, statistics):
+            done[_key(row)] = row
+            with ROWS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    if out is not None:
+        put_between(out, "objectives", tables(list(done.values())))
+
+
+def rows(data: Path, work: dict[str, Any], labels: list[str], statistics: int) -> Iterator[dict[str, Any]]:
+    """One row a label."""
+    model = models.load_model(work["model"], data / "weights" / f"{work['model']}.safetensors")
+    preprocessing, every = images.preprocessing(work["model"]), images.list_images(data / "calib1000")
+    chosen = images.choose(every, CALIBRATION, seed=0)
+    others = images.spread([path for path in every if path not in set(chosen)], work["held_out"])
+    rest = [path for path in every if path not in set(others)]
+    pixels = images.load_images(others, preprocessing)
+    exact = answers(model, pixels)
+    state = ROWS.with_suffix(".training")
+    material = Material(images.load_images(images.choose(rest, work["train_images"], seed=0), preprocessing), state)
+    calibration = calibrate(model, images.load_images(chosen, preprocessing), material=material)
+    for label in labels:
+        changes = {"steps": work["steps"], "statistics": statistics, **VARIANTS[label]}
+        recipe = replace(RECIPES.get(BASE), name=label, schedule=Schedule(**changes))
+        if label not in RECIPES:
+            RECIPES.register(label)(recipe)
+        start = time.perf_counter()
+        plan = calibration.plan(Budget(mean_bits=work["bits"]), label)
+        seconds = time.perf_counter() - start
+        found = answers(lampq_rt.compile(model, plan), pixels)
+        agreement = float((found.argmax(1) == exact.argmax(1)).double().mean()) * 100
+        row = {
+            "label": label, **work, "kl": round(float(kl_divergence(exact, found).mean()), 4),
+            "agreement": round(agreement, 1), "seconds": round(seconds), "schedule": recipe.schedule.facts(),
+            "version": lampq_rt.__version__, "machine": machine(torch.device("cpu")),
+        }  # fmt: skip
+        state.unlink(missing_ok=True)
+        console.print({key: row[key] for key in ("label", "kl", "agreement", "seconds")})
+        yield row
+
+
+def tables(found: list[dict[str, Any]]) -> Iterator[str]:
+    """A Markdown table a model, width and number of steps."""
+    order = list(VARIANTS)
+    groups = sorted({_key(row)[1:] for row in found})
+    for group in groups:
+        mine = [row for row in found if _key(row)[1:] == group]
+        name, bits, steps, train, held_out = group
+        yield f"\n**{name}**, mean {bits} bits, {steps} steps (of each block, in order `blocks`) on {train} images; KL"
+        yield f"to fp32 in nats on {held_out} images that trained nothing ({mine[0]['machine']}):\n"
+        yield "| training | KL | agreement % | minutes |"
+        yield "|---|---|---|---|"
+        for row in sorted(mine, key=lambda row: order.index(row["label"]) if row["label"] in order else len(order)):
+            yield f"| {row['label']} | {row['kl']:.3f} | {row['agreement']:.1f} | {row['seconds'] / 60:.0f} |"
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("label", "model", "bits", "steps", "train_images", "held_out"))
+
+
+def _read() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,213 @@
+"""Block after block, AdaRound and QDrop: what they leave behind, and that a training which was stopped goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lampq_rt.calibrate import reconstruct as training
+from lampq_rt.calibrate.drop import Drop
+from lampq_rt.calibrate.learned_rounding import ROUNDINGS, SoftCodes
+from lampq_rt.calibrate.reconstruct import Schedule, reconstruct
+from lampq_rt.calibrate.straight_through import LearningLinear, learning
+from lampq_rt.edits import edited
+from lampq_rt.evaluate import kl_divergence
+from lampq_rt.plan import Plan, SiteParams
+from lampq_rt.simulate import Simulation
+from tests.plans import range_plan, tiny_vit
+from tests.test_objectives import coded, smooth
+
+STEPS = 12
+ALL = Schedule(
+    steps=STEPS, batch=8, order="blocks", objective="fisher", rounding="adaround", drop=0.5, statistics=4, soft=0.1
+)
+
+Learned = tuple[dict[str, SiteParams], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny_vit(embed_dim=32)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return smooth(24, seed=1)
+
+
+@pytest.fixture(scope="module")
+def plan(model: nn.Module, images: Tensor) -> Plan:
+    return range_plan(model, images, {"default": 3, "qk": 8, "pv": 8})
+
+
+def start(model: nn.Module, plan: Plan) -> Simulation:
+    import copy
+
+    simulation = Simulation(copy.deepcopy(model)).float()
+    simulation.set(plan.sites)
+    return coded(simulation)
+
+
+def same(a: Learned, b: Learned) -> bool:
+    sites = all(torch.equal(t, b[0][name].tensors[key]) for name, p in a[0].items() for key, t in p.tensors.items())
+    return sites and all(torch.equal(t, b[1][name]) for name, t in a[1].items())
+
+
+SCHEDULES = {
+    "all": ALL,
+    "straight": Schedule(steps=STEPS, batch=8, order="blocks", objective="suffix"),
+    "together": replace(ALL, order="together", steps=3 * STEPS),
+}
+
+
+@pytest.mark.parametrize("stop_after", [STEPS + 8, 2 * STEPS, 2 * STEPS + 2])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_training_that_was_stopped_goes_on_to_the_same_bits(
+    model: nn.Module,
+    plan: Plan,
+    images: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    stop_after: int,
+) -> None:
+    monkeypatch.setattr(training, "KEEP_EVERY", 5)
+    schedule, state, seen = SCHEDULES[name], tmp_path / "state", list[int]()
+
+    def stop(done: int, total: int) -> None:
+        assert total == 3 * STEPS
+        if done == stop_after:
+            raise KeyboardInterrupt
+
+    whole = reconstruct(model, start(model, plan), images, schedule, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(model, start(model, plan), images, schedule, seed=3, progress=stop, resume=state)
+
+    def note(done: int, total: int) -> None:
+        seen.append(done)
+
+    again = reconstruct(model, start(model, plan), images, schedule, seed=3, progress=note, resume=state)
+    kept = [n for n in range(stop_after + 1) if n % 5 == 0 or (schedule.order == "blocks" and n % STEPS == 0)]
+    if schedule.order == "blocks" and stop_after % STEPS == 0:
+        kept.remove(stop_after)  # a unit's last state is kept behind its last step
+    assert seen == list(range(max(kept) + 1, 3 * STEPS + 1))
+    assert same(whole, again)
+
+
+@pytest.mark.parametrize("rounding", ["straight-through", "adaround"])
+def test_block_after_block_brings_the_model_nearer(model: nn.Module, plan: Plan, images: Tensor, rounding: str) -> None:
+    schedule = Schedule(steps=60, batch=16, codes=0.02, order="blocks", rounding=rounding, soft=0.2)
+    others = smooth(24, seed=2)
+    with torch.no_grad():
+        exact = model(others)
+        before = float(kl_divergence(exact, start(model, plan)(others)).mean())
+    sites, parameters = reconstruct(model, start(model, plan), images, schedule)
+    after = Simulation(edited(model, parameters))
+    after.set({**plan.sites, **sites})
+    with torch.no_grad():
+        assert float(kl_divergence(exact, after(others)).mean()) < 0.8 * before
+
+
+def test_a_block_learns_from_what_the_trained_prefix_gives(model: nn.Module, plan: Plan, images: Tensor) -> None:
+    from lampq_rt.calibrate.orders import ORDERS, Course
+
+    simulation = start(model, plan)
+    linears = learning(simulation)
+    course = Course(
+        model, simulation.model, linears, {}, {}, images, lambda block, y_hat, y: (y_hat - y).square().mean(),
+        2, 4, 1.0, 1.0, 0,
+    )  # fmt: skip
+    units = ORDERS.get("blocks").units(course)
+    first = next(units)
+    assert {name.split(".")[0] for name in first.linears} == {"patch_embed", "blocks"}
+    with torch.no_grad():
+        linears["blocks.0.mlp.fc2"].bias.add_(1.0)  # as if it had been trained
+    second = next(units)
+    assert {name.split(".")[1] for name in second.linears} == {"1"}
+    given, wanted = second.draw(torch.Generator().manual_seed(0))[0]
+    assert given.shape == wanted.shape and float((given - wanted).mean()) > 0.5 and not given.requires_grad
+    assert set(next(units).linears) == {"head"}
+
+
+def one_linear(model: nn.Module, plan: Plan) -> LearningLinear:
+    return learning(start(model, plan))["blocks.0.mlp.fc1"]
+
+
+def test_adaround_starts_at_the_weight_and_ends_hard(model: nn.Module, plan: Plan) -> None:
+    linear, adaround = one_linear(model, plan), ROUNDINGS.get("adaround")
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        linear.codes.add_((torch.rand(linear.codes.shape, generator=draws) - 0.5) * 0.8)
+        linear.codes.clamp_(linear.values[0], linear.values[-1])
+    wanted, floor = linear.codes.detach().clone(), linear.codes.detach().floor()
+    adaround.begin([linear])
+    assert isinstance(linear.soft, SoftCodes)
+    torch.testing.assert_close(linear.soft().detach(), wanted, rtol=1e-5, atol=1e-5)
+    optimiser = torch.optim.Adam(adaround.weights(linear), lr=0.2)
+    for step in range(200):
+        penalty = adaround.penalty([linear], step / 200)
+        assert (penalty is None) == (step < 40)
+        if penalty is not None:
+            optimiser.zero_grad()
+            penalty.backward()
+            optimiser.step()
+    share = linear.soft.share().detach()
+    assert float(((share < 0.01) | (share > 0.99)).float().mean()) > 0.95
+    adaround.finish([linear])
+    assert linear.soft is None and torch.equal(linear.codes, linear.codes.round())
+    assert bool(((linear.codes - floor >= -1) & (linear.codes - floor <= 1)).all())
+    assert torch.equal(linear.learned().tensors["weight.codes"].float(), linear.codes.detach())
+    torch.testing.assert_close(linear.codes, wanted.round())  # a penalty alone sends each to the nearer code
+
+
+def test_adaround_gives_codes_beside_the_weight_that_training_starts_with(
+    model: nn.Module, plan: Plan, images: Tensor
+) -> None:
+    schedule = replace(ALL, steps=20, soft=0.3, order="together")
+    sites, _ = reconstruct(model, start(model, plan), images, schedule)
+    changed = 0
+    for name, params in sites.items():
+        before = start(model, plan).module(name).params
+        assert before is not None
+        if "weight" not in params.formats:
+            continue
+        difference = params.tensors["weight.codes"].int() - before.tensors["weight.codes"].int()
+        assert int(difference.abs().max()) <= 1
+        assert torch.equal(params.tensors["weight.scale"], before.tensors["weight.scale"].log().exp())
+        changed += int((difference != 0).sum())
+    assert changed > 0
+
+
+def test_nothing_dropped_is_the_same_as_off(model: nn.Module, plan: Plan) -> None:
+    linear, x = one_linear(model, plan), torch.randn(2, 17, 32)
+    wanted = linear(x)
+    linear.drop = Drop(0.0)
+    with linear.drop.at(1, x.device):
+        assert torch.equal(linear(x), wanted)
+    linear.drop = Drop(0.5)
+    assert torch.equal(linear(x), wanted)  # outside a step
+    with linear.drop.at(1, x.device):
+        assert not torch.equal(linear(x), wanted)
+
+
+def test_half_of_the_elements_are_left_and_the_seed_says_which() -> None:
+    x, x_hat, drop = torch.zeros(100, 100), torch.ones(100, 100), Drop(0.5)
+    with drop.at(7, x.device):
+        first, second = drop(x, x_hat), drop(x, x_hat)
+    assert abs(float(first.mean()) - 0.5) < 0.03 and not torch.equal(first, second)
+    with drop.at(7, x.device):
+        assert torch.equal(drop(x, x_hat), first)
+    assert torch.equal(drop(x, x_hat), x_hat)
+
+
+def test_a_model_whose_part_has_nothing_to_learn_trains_all_the_same(model: nn.Module, images: Tensor) -> None:
+    plan = range_plan(model, images, {"default": 3, "qk": 8, "pv": 8, "head": 16, "patch_embed": 16})
+    steps: list[int] = []
+    reconstruct(
+        model, start(model, plan), images, replace(ALL, steps=2), progress=lambda done, total: steps.append(done)
+    )
+    assert steps == list(range(1, 7))
