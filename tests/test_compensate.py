@@ -133,9 +133,10 @@ def test_the_better_of_two_candidates_is_kept() -> None:
     calibration = calibrate(model, images_for(model, 16))
     recipe = RECIPES.get("fast")
     prepared = calibration._for(recipe.preparation)
-    few, many = ({s.name: prepared.measurements.bare(s, b) for s in prepared.description.sites} for b in (2, 8))
+    m, every = prepared.measurements, prepared.description.sites
+    few, many = (prepared._bare({s.name: m.formats(s, bits) for s in every}) for bits in (2, 8))
     for candidates, best in (([few, many], 1), ([many, few], 0)):
-        sites, _, kept = finished(prepared.measurements, model, prepared.model, candidates, recipe)
+        sites, _, kept = finished(m, model, prepared.model, candidates, recipe)
         assert kept == best and {p.formats["weight"].bits for p in sites.values() if "weight" in p.formats} == {8}
 
 
