@@ -22,7 +22,7 @@ from lampq_rt.calibrate.recipes import PLAIN, Preparation
 from lampq_rt.calibrate.spill import Lazy, Shelf
 from lampq_rt.calibrate.steps import step_table
 from lampq_rt.errors import DataError
-from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, TABLE_BITS
+from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, LEVEL_BITS, TABLE_BITS
 from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
@@ -74,6 +74,9 @@ class Measurements:
             }
             for site in self.description.sites
         }
+        for site in self.description.sites:
+            if preparation.weights == "levels" and site.kind in BLOCK_LINEARS:
+                self.menu[site.name][1] = _styled(site, 1, INTEGER_BITS[0], preparation)
         self.shard, self.seed, self.report = shard, seed, report
         self.images = shard.together(lambda: check_images(images, self.simulation))
         counts = shard.objects(len(self.images))
@@ -139,9 +142,10 @@ class Measurements:
         modules = {site.name: self.simulation.module(site.name) for site in self.linears}
         return {name: m.original.weight.detach() for name, m in modules.items() if isinstance(m, SimulatedLinear)}
 
-    def widths(self, site: Site) -> list[int]:
-        """Integer widths of `site`'s menu, narrowest first."""
-        return sorted(width for width in self.menu[site.name] if width in INTEGER_BITS)
+    def widths(self, site: Site, *, weight: bool = False) -> list[int]:
+        """Integer widths of `site`'s menu, narrowest first; of its weight alone, 1 bit may be among them."""
+        least = 1 if weight else INTEGER_BITS[0]
+        return sorted(width for width in self.menu[site.name] if least <= width <= INTEGER_BITS[-1])
 
     def nearest(self, site: Site, wanted: int) -> int:
         """The narrowest width of the menu that is not narrower than `wanted`; the widest where there is none.
@@ -243,7 +247,7 @@ def _styled(site: Site, bits: int, input_bits: int | None, preparation: Preparat
         p_scheme=preparation.softmax_at(bits),
         input_granularity=granularity,
         input_scheme=scheme,
-        weight_scheme=preparation.weights if bits in TABLE_BITS else "uniform",
+        weight_scheme=preparation.weights if bits in LEVEL_BITS else "uniform",
     )
 
 

@@ -75,7 +75,7 @@ class Problems:
         penalties: Penalties | None,
     ) -> Problem:
         """The choice of widths with the other sites at the nominal width; by default, penalties know no data."""
-        widths = {v.name: self._widths(v.site, limits) for v in variables}
+        widths = {v.name: self._widths(v, limits) for v in variables}
         if penalties is None:
             sizes = {v.name: v.site.params if v.has_weight and v.whole else v.site.macs for v in variables}
             penalties = {name: {w: sizes[name] * 4.0**-w for w in row} for name, row in widths.items()}
@@ -129,10 +129,11 @@ class Problems:
     def _limit(self, budget: Budget, unit: str) -> float:
         return self.timed.limit(budget, unit) if TimedCosts.has(unit) else budget.resolve(unit, self.costs[unit].full)
 
-    def _widths(self, site: Site, limits: Mapping[str, float]) -> list[int]:
-        """Widths that the site may have, narrowest first; a linear may be in floating point where time is limited."""
-        timed = any(map(TimedCosts.has, limits)) and not site.is_matmul
-        return self.measurements.widths(site) + ([FLOAT_BITS] if timed else [])
+    def _widths(self, variable: Variable, limits: Mapping[str, float]) -> list[int]:
+        """Widths that it may have, narrowest first; a linear may be in floating point where time is limited."""
+        timed = any(map(TimedCosts.has, limits)) and not variable.site.is_matmul
+        weight = variable.has_weight and not variable.whole
+        return self.measurements.widths(variable.site, weight=weight) + ([FLOAT_BITS] if timed else [])
 
     def _taken_apart(
         self, cost: Cost, by_site: Mapping[str, Sequence[Variable]], widths: Mapping[str, Sequence[int]]

@@ -53,8 +53,9 @@ class SearchEvidence:
     @cached_property
     def table(self) -> Table:
         """See `Evidence.table`."""
+        m, alone = self.measurements, {v.site.name for v in self.variables if not v.whole}
         sites = dict.fromkeys(variable.site for variable in self.variables)
-        return self.measurements.params(self.search, {s.name: self.measurements.widths(s) for s in sites})
+        return m.params(self.search, {s.name: m.widths(s, weight=s.name in alone) for s in sites})
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

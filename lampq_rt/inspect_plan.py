@@ -24,6 +24,7 @@ COLUMNS = (Kind.QKV, Kind.QK, Kind.PV, Kind.PROJ, Kind.FC1, Kind.FC2)
 """Kinds inside a block, in order of execution: the columns of the tables."""
 
 COLOURS = {
+    1: "#7f0f1f",
     2: "#b2182b",
     3: "#e0603f",
     4: "#f2a65a",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lampq_rt
 from lampq_rt import adapters, backends
 from lampq_rt.calibrate import RECIPES, Budget, Calibration, calibrate
 from lampq_rt.calibrate.allocate import ALLOCATORS, Problem
@@ -18,11 +20,13 @@ from lampq_rt.calibrate.metrics import PENALTIES, attention
 from lampq_rt.calibrate.metrics.fisher_output import output
 from lampq_rt.calibrate.metrics.measured import corrections
 from lampq_rt.calibrate.moves import _Replay
+from lampq_rt.calibrate.prepare import finished
 from lampq_rt.calibrate.recipes import Preparation, Recipe
 from lampq_rt.calibrate.variables import Variable, free, tied
-from lampq_rt.errors import BudgetError
-from lampq_rt.plan import SiteParams
-from lampq_rt.simulate import Simulation, simulate
+from lampq_rt.errors import BudgetError, FormatError
+from lampq_rt.formats import Format
+from lampq_rt.plan import Plan, SiteParams
+from lampq_rt.simulate import Simulation
 from lampq_rt.sites import BLOCK_LINEARS, Description, Kind
 from tests.latency_tables import hand_made
 from tests.plans import assert_paths_agree, tiny_vit
@@ -267,21 +271,49 @@ def test_activations_may_have_a_budget_of_their_own(calibration: Calibration) ->
         calibration.plan(Budget(mean_bits=4, mean_activation_bits=1), "lampq+f")
 
 
-def test_unequal_widths_run_alike_everywhere(model: nn.Module, images: Tensor, calibration: Calibration) -> None:
-    """Every operand at a width of its own, steps as the calibrator finds them."""
+@pytest.mark.parametrize("widths", [(5, 8, 7, 6, 8, 4, 6, 7, 4, 5), (8, 6, 8, 5, 6, 7, 1, 4, 7, 2)])
+def test_unequal_widths_run_alike_everywhere(
+    model: nn.Module, images: Tensor, calibration: Calibration, widths: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Every operand at a width of its own, one weight of 1 bit among them, steps as the calibrator finds them."""
     m, chosen = calibration._for(RECIPES.get("lampq+f").preparation).measurements, free(calibration.description.sites)
     prepared = calibration._for(RECIPES.get("lampq+f").preparation)
-    bits = {v.name: (5, 8, 7, 6, 8, 4, 6, 7, 4, 5)[i] for i, v in enumerate(chosen)}
+    bits = dict(zip((v.name for v in chosen), widths, strict=True))
     formats = prepared.problems.formats(chosen, bits, 6)
     plan = calibration.plan(Budget(mean_bits=6), "fast")
-    from lampq_rt.calibrate.prepare import finished
-
     sites, edits, _ = finished(m, model, prepared.model, [prepared._bare(formats)], RECIPES.get("lampq+f"))
     mixed = replace(plan, sites=sites, edits=edits)
-    widths = {n: tuple(f.bits for f in p.formats.values()) for n, p in mixed.sites.items()}
-    assert widths["blocks.0.attn.qkv"] == (5, 8) and widths["blocks.0.attn.qk"] == (7, 7)
-    assert_paths_agree(model, mixed, images)
-    assert simulate(model, mixed)(images).shape == (8, 10)
+    reached = {n: tuple(f.bits for f in p.formats.values()) for n, p in mixed.sites.items()}
+    assert reached["blocks.0.attn.qkv"] == widths[:2] and reached["blocks.0.attn.qk"] == widths[2:3] * 2
+    assert reached["blocks.0.mlp.fc1"] == widths[6:8]
+    assert_paths_agree(model, mixed, images, noise_below=1.0)
+    path = tmp_path / "mixed.plan"
+    mixed.save(path)
+    assert Plan.load(path).digest == mixed.digest
+    checkpoint = tmp_path / "mixed.lampq"
+    compiled = lampq_rt.compile(model, mixed)
+    compiled.save(checkpoint)
+    with torch.inference_mode():
+        assert torch.equal(lampq_rt.load(checkpoint)(images), compiled(images))
+
+
+def test_few_bits_on_average_take_single_ones(calibration: Calibration) -> None:
+    """Weights may have 1 bit where they have levels, never an input; the tied choice keeps its widths."""
+    problems = calibration._for(RECIPES.get("lampq+f").preparation).problems
+    sites = calibration.description.sites
+    limits = problems.limits(Budget(mean_bits=1.5, mean_activation_bits=4))
+    found = ALLOCATORS.get("milp")(problems.problem(free(sites), limits, 2, None)).bits
+    assert min(w for name, w in found.items() if name.endswith(".weight")) == 1
+    assert min(w for name, w in found.items() if not name.endswith(".weight")) >= 2
+    with pytest.raises(BudgetError, match="mean_bits = 1.5 cannot be met; the smallest possible here is 2$"):
+        ALLOCATORS.get("milp")(problems.problem(tied(sites), problems.limits(Budget(mean_bits=1.5)), 2, None))
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "table"])
+def test_one_bit_is_for_levels_of_weights_alone(scheme: str) -> None:
+    assert backends.formats(Kind.FC1, 1, weight_scheme="levels")["input"].bits == 2
+    with pytest.raises(FormatError, match="1 bit.* with scheme"):
+        Format(1, scheme, "tensor", False)
 
 
 @pytest.mark.parametrize(

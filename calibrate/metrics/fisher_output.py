@@ -22,6 +22,7 @@ from torch import Tensor
 from lampq_rt.calibrate.metrics.base import PENALTIES, Curves, Evidence, Score
 from lampq_rt.calibrate.metrics.fisher import Fisher
 from lampq_rt.calibrate.variables import Variable
+from lampq_rt.formats import INTEGER_BITS
 from lampq_rt.inputs import quantized_input
 from lampq_rt.plan import SiteParams
 from lampq_rt.weights import quantized_weight
@@ -55,6 +56,7 @@ def _score(evidence: Evidence, fisher: Mapping[str, Fisher], attention: Callable
             penalties[variable.name] = {
                 bits: 0.5 * float((seen.weights * (output(seen.rows, weight, params, variable) - exact).square()).sum())
                 for bits, params in evidence.table[name].items()
+                if "input" not in variable.operands or bits in INTEGER_BITS
             }
     return Score(penalties, {site.name: float(fisher[site.name].output.mean()) for site in evidence.sites})
 

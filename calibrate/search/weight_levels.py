@@ -4,6 +4,9 @@ All channels share the levels, each has its step. With the steps given, the best
 optimal scalar quantiser on the 8-bit grid, over the histogram of all channels' weights in units of their steps
 (`table.best_table`; Lloyd 1982, Max 1960). With the levels given, a channel's best step follows from which level each
 of its weights takes: sum(w l) / sum(l l). Both lower the same squared error, so the turns settle.
+
+Of 1 bit the levels are -127 and 127, and a step is the mean of |w| / 127, the best of -a, a in each channel (XNOR-Net,
+1603.05279): two levels found as above go after the outliers of a few channels.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lampq_rt.calibrate.search.base import positive
 from lampq_rt.calibrate.search.table import CODES, best_table
 from lampq_rt.calibrate.search.weight_mse import weight_scale
 from lampq_rt.formats import Format
@@ -37,12 +41,14 @@ def weight_levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: fp32 [N, ...], finite; each of the N rows is one channel.
-        bits: width of a code, 2..7.
+        bits: width of a code, 1..7.
 
     Returns:
         fp32 [N], positive and finite, and int8 [2^bits], rising, within -127..127. A channel of zeros gets step 1.
     """
     rows = weight.flatten(1).float()
+    if bits == 1:
+        return positive(rows.abs().mean(1).double() / TOP), torch.tensor([-TOP, TOP], dtype=torch.int8)
     clip = weight_scale(rows, bits) * (1 << bits - 1)
     scale, levels = clip * (REACH / TOP), torch.empty(0)
     for _ in range(TURNS):
