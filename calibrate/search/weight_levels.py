@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lampq_rt.calibrate.search.base import positive
 from lampq_rt.calibrate.search.table import CODES, best_table
 from lampq_rt.calibrate.search.weight_mse import weight_scale
 from lampq_rt.formats import Format
@@ -22,6 +21,9 @@ from lampq_rt.quantizers.levels import TOP, nearest
 
 TURNS = 3
 """Of levels and steps; three more lower the error by less than a hundredth."""
+
+NEXT_TO_NOTHING = 1e-12
+"""Step of a channel of zeros at 1 bit, which has no level 0; its product with an input's step is no denormal."""
 
 REACH = 1.3
 """How far out the outermost level begins, in best clips of equal distances: unequal ones reach further."""
@@ -44,11 +46,12 @@ def weight_levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         bits: width of a code, 1..7.
 
     Returns:
-        fp32 [N], positive and finite, and int8 [2^bits], rising, within -127..127. A channel of zeros gets step 1.
+        fp32 [N], positive and finite, and int8 [2^bits], rising, within -127..127. A channel of zeros gets step 1; at 1 bit `NEXT_TO_NOTHING`.
     """
     rows = weight.flatten(1).float()
     if bits == 1:
-        return positive(rows.abs().mean(1).double() / TOP), torch.tensor([-TOP, TOP], dtype=torch.int8)
+        scale = (rows.abs().mean(1) / TOP).clamp_min(NEXT_TO_NOTHING)
+        return scale, torch.tensor([-TOP, TOP], dtype=torch.int8)
     clip = weight_scale(rows, bits) * (1 << bits - 1)
     scale, levels = clip * (REACH / TOP), torch.empty(0)
     for _ in range(TURNS):
