@@ -46,12 +46,13 @@ def weight_levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         bits: width of a code, 1..7.
 
     Returns:
-        fp32 [N], positive and finite, and int8 [2^bits], rising, within -127..127. A channel of zeros gets step 1; at 1 bit `NEXT_TO_NOTHING`.
+        fp32 [N], positive and finite, and int8 [2^bits], rising, within -127..127. A channel of zeros gets step 1;
+        at 1 bit, `NEXT_TO_NOTHING`.
     """
     rows = weight.flatten(1).float()
     if bits == 1:
         scale = (rows.abs().mean(1) / TOP).clamp_min(NEXT_TO_NOTHING)
-        return scale, torch.tensor([-TOP, TOP], dtype=torch.int8)
+        return scale, torch.tensor([-TOP, TOP], dtype=torch.int8, device=rows.device)
     clip = weight_scale(rows, bits) * (1 << bits - 1)
     scale, levels = clip * (REACH / TOP), torch.empty(0)
     for _ in range(TURNS):
