@@ -1,10 +1,11 @@
-"""What one variable alone does to the answers when it gets a bit more or a bit less, measured around the nominal model.
+"""What one variable alone does to the answers when it gets fewer or more bits, measured around the nominal model.
 
 The nominal model is the one that a compensating recipe ends with at the same bits everywhere: its steps, codes and
-biases are made site after site (`compensate`), and the weight that was rounded there is rounded again to the widths
-beside. Other recipes have steps and codes from the table. Then for every variable and either width beside the nominal
-one: that variable moves, the blocks from its own on run anew from the kept residual stream, and the divergence from
-the floating-point model is written down. Nothing else is compensated anew, so what is measured is a slope.
+biases are made site after site (`compensate`), and the weight that was rounded there is rounded again to the other
+widths. Other recipes have steps and codes from the table. Then for every variable and either of two widths, two bits
+below the nominal one and one above: that variable moves, the blocks from its own on run anew from the kept residual
+stream, and the divergence from the floating-point model is written down. Nothing else is compensated anew, so what is
+measured is a slope.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import Simulation
 from lampq_rt.sites import Site
 
+BELOW = 2
+"""Bits below the nominal width: one costs too little to be told from noise."""
+
 IMAGES = 16
 """Images that answer, at most."""
 
@@ -40,7 +44,8 @@ IMAGES = 16
 def measure(
     measurements: Measurements, search: str, nominal: int, variables: Sequence[Variable], compensated: bool
 ) -> dict[str, dict[int, float]]:
-    """Divergence (`Judge`, nats) by variable and width, narrowest first: the widths beside the nominal one, and itself.
+    """Divergence (`Judge`, nats) by variable and width, narrowest first: a width below the nominal one and one above;
+    itself where it is the narrowest or widest.
 
     Args:
         measurements: of the model.
@@ -55,7 +60,7 @@ def measure(
     m = measurements
     if m.shard.world > 1:
         raise DataError("measured sensitivities need all images in one process; allowed under torchrun: recipe lampq")
-    beside = [width for width in (nominal - 1, nominal + 1) if width in INTEGER_BITS]
+    beside = sorted({max(nominal - BELOW, INTEGER_BITS[0]), min(nominal + 1, INTEGER_BITS[-1])} - {nominal})
     m.simulation.reset()
     model = _Nominal(m, search, nominal, beside)
     quantised = model.compensated() if compensated else model.from_table()
@@ -64,9 +69,9 @@ def measure(
     found: dict[str, dict[int, float]] = {}
     with torch.no_grad():
         replay = _Replay(quantised, judge.images)
-        still = judge.judge(replay(None)).divergence
+        still = {} if len(beside) > 1 else {nominal: judge.judge(replay(None)).divergence}
         for done, variable in enumerate(variables, 1):
-            name, row = variable.site.name, {nominal: still}
+            name, row = variable.site.name, dict(still)
             for width in beside:
                 quantised.set({name: model.moved(variable, width)})
                 row[width] = judge.judge(replay(variable.site.block)).divergence

@@ -233,19 +233,20 @@ def test_a_replay_answers_as_the_whole_model(images: Tensor) -> None:
     assert not any("forward" in block.__dict__ for block in simulation.model.blocks)
 
 
-def test_corrections_follow_the_measurement_within_bounds() -> None:
-    curves = {name: {3: 4.0, 4: 1.0, 5: 0.25} for name in "abcd"}
-    moves = {
-        "a": {3: 4.75, 4: 1.0, 5: 1.0},
-        "b": {3: 8.5, 4: 1.0, 5: 1.0},
-        "c": {3: 16.0, 5: 1.0},
-        "d": {3: 0.9, 5: 1.0},
-    }
-    found = corrections(curves, moves, least=0.25, trust=1.0)
-    assert found == pytest.approx({"a": 1.0, "b": 2.0, "c": 4.0, "d": 0.25 * 1.5})
-    pulled = corrections(curves, moves, least=0.25, trust=0.0)
-    assert pulled == pytest.approx(dict.fromkeys("abcd", 1.5))
-    assert corrections(curves, {name: {3: 1.0, 5: 2.0} for name in "abcd"}) == dict.fromkeys("abcd", 1.0)
+def test_a_measurement_is_believed_as_far_as_it_stands_out_of_its_noise() -> None:
+    curves = {name: {2: 4.5, 4: 1.0, 5: 0.5} for name in "abcd"}
+    exact = {"a": {2: 5.0, 5: 1.0}, "b": {2: 9.0, 5: 1.0}, "c": {2: 5.0, 5: 1.0}, "d": {2: 0.9, 5: 1.0}}
+    middle = (4 + 8 + 4 - 0.1) / 16
+    found = corrections(curves, exact)
+    assert found == pytest.approx({"a": 1.0, "b": 2.0, "c": 1.0, "d": 0.1 * middle})
+    shifts = {"a": 20, "b": -20, "c": 20, "d": -20}
+    noisy = {name: {width: d + shifts[name] for width, d in row.items()} for name, row in exact.items()}
+    pulled = corrections(curves, noisy)
+    assert all(abs(f - middle) < 0.1 * abs(found[name] - middle) + 1e-9 for name, f in pulled.items())
+    assert corrections(curves, {name: {2: 1.0, 5: 2.0} for name in "abcd"}) == dict.fromkeys("abcd", 1.0)
+    uneven = {"a": {2: 20.0, 5: 0.0}, "b": {2: 0.02, 5: 0.0}}
+    half = corrections(uneven, {"a": {2: 40.0, 5: 0.0}, "b": {2: 1.0, 5: 0.5}})
+    assert half["b"] == pytest.approx(half["a"], rel=0.05)  # 0.5 of noise says nothing of 0.02
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ class Evidence(Protocol):
     @property
     def moves(self) -> Curves:
         """Divergence on the calibration images, in nats, when one variable alone moves from the nominal width to one
-        beside it, all else at the nominal width."""
+        below or above it, all else at the nominal width."""
         ...
 
     @property
