@@ -246,7 +246,9 @@ def test_a_measurement_is_believed_as_far_as_it_stands_out_of_its_noise() -> Non
     assert corrections(curves, {name: {2: 1.0, 5: 2.0} for name in "abcd"}) == dict.fromkeys("abcd", 1.0)
     uneven = {"a": {2: 20.0, 5: 0.0}, "b": {2: 0.02, 5: 0.0}}
     half = corrections(uneven, {"a": {2: 40.0, 5: 0.0}, "b": {2: 1.0, 5: 0.5}})
-    assert half["b"] == pytest.approx(half["a"], rel=0.05)  # 0.5 of noise says nothing of 0.02
+    assert half["b"] == pytest.approx(
+        half["a"], rel=0.2
+    )  # 0.5 of noise says next to nothing of 0.02, not 25 times as much
 
 
 @pytest.fixture(scope="module")
