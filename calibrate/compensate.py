@@ -19,7 +19,7 @@ only the two residual streams stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -69,6 +69,9 @@ too few to solve for a weight with: with a most of 0.25, 0.5, 0.7 and 0.9, KL of
 
 NO_SHARES: Mapping[str, float] = {}
 
+Rounded = Callable[[Site, SiteParams, Tensor, Tensor], None]
+"""Told of a linear that was rounded."""
+
 RIDGE = 0.1
 """Share of the moment's mean diagonal that keeps the regression near the given weight."""
 
@@ -84,6 +87,7 @@ def compensate(
     search: str = DEFAULT_SEARCH,
     seed: int = 0,
     progress: Progress | None = None,
+    rounded: Rounded | None = None,
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
     """Steps, codes and biases of all integer sites in the formats they have.
 
@@ -97,6 +101,8 @@ def compensate(
         search: name of the range search.
         seed: of the rows drawn.
         progress: called with the number of sites done and their number.
+        rounded: called with each linear as it is left, the weight that was rounded, fp32 [N, K], and the second moment
+            [K, K] of its input.
 
     Returns:
         Sites with "weight.codes", and fp32 biases by parameter name.
@@ -117,7 +123,7 @@ def compensate(
                 prefix = getattr(exact.model, "num_prefix_tokens", 0)
                 share = prefix_shares.get(site.name, PREFIX_SHARE)
                 work = _Linear(site, linear.original, walk, _Prefix(prefix, share), seed)
-                params, bias = work.solve(params, search)
+                params, bias = work.solve(params, search, rounded)
                 del work
                 if bias is not None:
                     linear.original.bias = nn.Parameter(bias, requires_grad=False)
@@ -201,7 +207,9 @@ class _Linear:
         worth = energy_worth(energy, self.share)
         self.worth = worth / worth.sum()
 
-    def solve(self, params: SiteParams, search: str) -> tuple[SiteParams, Tensor | None]:
+    def solve(
+        self, params: SiteParams, search: str, rounded: Rounded | None = None
+    ) -> tuple[SiteParams, Tensor | None]:
         """Steps and codes, and the new bias where the linear has one."""
         mean = _Sum()
         for rows, worth in self._parts(self.x, self.worth):
@@ -221,7 +229,10 @@ class _Linear:
             missing = mean.total @ self.weight.t() - mean_hat @ (values * scale[:, None]).t()
             bias = (self.bias.detach() + missing).float()
         found = {key: tensor.cpu() for key, tensor in {**steps, "weight.codes": codes}.items()}
-        return replace(params, tensors={**params.tensors, **found}), bias
+        params = replace(params, tensors={**params.tensors, **found})
+        if rounded is not None:
+            rounded(self.site, params, weight, moment)
+        return params, bias
 
     def _regressed(self, weight: Tensor, params: SiteParams) -> tuple[Tensor, Tensor, Tensor]:
         """What becomes of `weight` [N, K], which reads the quantised rows; their second moment [K, K] and mean [K]."""

@@ -10,21 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from lampq_rt import backends
+from lampq_rt.calibrate.checks import check_images, check_labels
 from lampq_rt.calibrate.distributed import SINGLE, UNIT, Shard
 from lampq_rt.calibrate.judge import Judge, answer, views
-from lampq_rt.calibrate.metrics import alpha, fisher
-from lampq_rt.calibrate.metrics.alpha import TypeDrops
+from lampq_rt.calibrate.metrics import fisher
 from lampq_rt.calibrate.metrics.base import Table
-from lampq_rt.calibrate.metrics.context import straight_through
 from lampq_rt.calibrate.metrics.fisher import Fisher
-from lampq_rt.calibrate.metrics.fisher_output import output
-from lampq_rt.calibrate.observe import LinearObservation, Observation, observe
+from lampq_rt.calibrate.observe import Observation, observe
 from lampq_rt.calibrate.progress import Report
 from lampq_rt.calibrate.recipes import PLAIN, Preparation
 from lampq_rt.calibrate.spill import Lazy, Shelf
 from lampq_rt.calibrate.steps import step_table
-from lampq_rt.errors import BackendError, DataError
-from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, TABLE_BITS
+from lampq_rt.errors import DataError
+from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, LEVEL_BITS, TABLE_BITS
 from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
@@ -65,13 +63,20 @@ class Measurements:
         shard: Shard = SINGLE,
         preparation: Preparation = PLAIN,
     ) -> None:
+        self.model = model
         self.simulation = Simulation(model).float().to(device)
         self.description = self.simulation.description
         self.preparation = preparation
         self.menu = {
-            site.name: {_width(formats): _styled(site, formats, preparation) for formats in backends.menu(site, target)}
+            site.name: {
+                width: _styled(site, width, preparation.activations, preparation)
+                for width in map(_width, backends.menu(site, target))
+            }
             for site in self.description.sites
         }
+        for site in self.description.sites:
+            if preparation.weights == "levels" and site.kind in BLOCK_LINEARS:
+                self.menu[site.name][1] = _styled(site, 1, INTEGER_BITS[0], preparation)
         self.shard, self.seed, self.report = shard, seed, report
         self.images = shard.together(lambda: check_images(images, self.simulation))
         counts = shard.objects(len(self.images))
@@ -137,9 +142,10 @@ class Measurements:
         modules = {site.name: self.simulation.module(site.name) for site in self.linears}
         return {name: m.original.weight.detach() for name, m in modules.items() if isinstance(m, SimulatedLinear)}
 
-    def widths(self, site: Site) -> list[int]:
-        """Integer widths of `site`'s menu, narrowest first."""
-        return sorted(width for width in self.menu[site.name] if width in INTEGER_BITS)
+    def widths(self, site: Site, *, weight: bool = False) -> list[int]:
+        """Integer widths of `site`'s menu, narrowest first; of its weight alone, 1 bit may be among them."""
+        least = 1 if weight else INTEGER_BITS[0]
+        return sorted(width for width in self.menu[site.name] if least <= width <= INTEGER_BITS[-1])
 
     def nearest(self, site: Site, wanted: int) -> int:
         """The narrowest width of the menu that is not narrower than `wanted`; the widest where there is none.
@@ -151,42 +157,54 @@ class Measurements:
         widths = sorted(self.menu[site.name])
         return min((w for w in widths if w >= wanted), default=widths[-1])
 
-    def bare(self, site: Site, width: int) -> SiteParams:
-        """The site's formats at that width, without steps."""
-        return SiteParams(site.kind, dict(self.menu[site.name][width]), {}, site.params)
+    def formats(self, site: Site, bits: int, input_bits: int | None = None) -> backends.Formats:
+        """The site's formats at that width; `input_bits` is the width of a linear's input where it has its own."""
+        if input_bits is None or FLOAT_BITS in (bits, input_bits):
+            return self.menu[site.name][bits]
+        return _styled(site, bits, input_bits, self.preparation)
 
     def params(self, search: str, wanted: Mapping[str, Sequence[int]]) -> Table:
         """Formats and steps of these sites at these widths, found with the range search of that name."""
-        missing = {
-            name: [self.menu[name][width] for width in widths if f"{search} {name} {width}" not in self._steps]
-            for name, widths in wanted.items()
-        }
-        missing = {name: formats for name, formats in missing.items() if formats}
-        if missing:
-            observations, total = self.observations, len(missing)
-            own = list(missing)[self.shard.rank :: self.shard.world]
-
-            def solve() -> dict[str, dict[int, SiteParams]]:
-                return step_table(
-                    self.simulation,
-                    observations,
-                    {name: missing[name] for name in own},
-                    search,
-                    progress=lambda d, n: self.report(f"steps of {total} sites", d * total // n, total),
-                    rounding=self.preparation.rounding,
-                    family=self.preparation.family,
-                )
-
-            found = self.shard.together(solve)
-            for part in self.shard.objects(found):
-                for name, row in part.items():
-                    for bits, params in row.items():
-                        self._steps.put(f"{search} {name} {bits}", params)
+        self._find(search, {name: [self.menu[name][width] for width in widths] for name, widths in wanted.items()})
 
         def row_of(name: str) -> Mapping[int, SiteParams]:
-            return Lazy(wanted[name], lambda width: self._steps.get(f"{search} {name} {width}"))
+            return Lazy(wanted[name], lambda width: self._steps.get(_key(search, name, self.menu[name][width])))
 
         return {name: row_of(name) for name in wanted}
+
+    def chosen(self, search: str, wanted: Mapping[str, backends.Formats]) -> dict[str, SiteParams]:
+        """Formats and steps of these sites in these formats, found with the range search of that name."""
+        self._find(search, {name: [formats] for name, formats in wanted.items()})
+        return {name: self._steps.get(_key(search, name, formats)) for name, formats in wanted.items()}
+
+    def _find(self, search: str, wanted: Mapping[str, Sequence[backends.Formats]]) -> None:
+        """Search the steps of these sites in these formats, where that has not been done; no width twice a site."""
+        missing = {
+            name: [formats for formats in choices if _key(search, name, formats) not in self._steps]
+            for name, choices in wanted.items()
+        }
+        missing = {name: choices for name, choices in missing.items() if choices}
+        if not missing:
+            return
+        observations, total = self.observations, len(missing)
+        own = list(missing)[self.shard.rank :: self.shard.world]
+
+        def solve() -> dict[str, dict[int, SiteParams]]:
+            return step_table(
+                self.simulation,
+                observations,
+                {name: missing[name] for name in own},
+                search,
+                progress=lambda d, n: self.report(f"steps of {total} sites", d * total // n, total),
+                rounding=self.preparation.rounding,
+                family=self.preparation.family,
+            )
+
+        found = self.shard.together(solve)
+        for part in self.shard.objects(found):
+            for name, row in part.items():
+                for params in row.values():
+                    self._steps.put(_key(search, name, params.formats), params)
 
     @torch.no_grad()
     def _run(self) -> tuple[Tensor, float]:
@@ -216,164 +234,27 @@ class Measurements:
         return found, peak
 
 
-class SearchEvidence:
-    """`metrics.Evidence` of one model with one range search, and one nominal width of all sites."""
-
-    def __init__(self, measurements: Measurements, search: str, nominal: int) -> None:
-        self.measurements, self.search, self.nominal = measurements, search, nominal
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """See `Evidence.sites`."""
-        return self.measurements.linears
-
-    @cached_property
-    def table(self) -> Table:
-        """See `Evidence.table`."""
-        return self.measurements.params(self.search, {s.name: self.measurements.widths(s) for s in self.sites})
-
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        """See `Evidence.weights`."""
-        return self.measurements.weights
-
-    @property
-    def fisher(self) -> Mapping[str, Fisher]:
-        """See `Evidence.fisher`."""
-        return self.measurements.fisher
-
-    @cached_property
-    def context(self) -> Mapping[str, Fisher]:
-        """See `Evidence.context`. Labels are drawn from the quantised model: there, Fisher's matrix is that of KL."""
-        m = self.measurements
-        widths = {site.name: m.nearest(site, self.nominal) for site in m.description.sites}
-        params = m.params(self.search, {name: [width] for name, width in widths.items()})
-        m.simulation.set({name: params[name][width] for name, width in widths.items()})
-        trim()
-        try:
-            with straight_through(m.simulation):
-                return fisher.score(
-                    m.simulation.model,
-                    m.images,
-                    [site.name for site in self.sites],
-                    blocks=m.blocks,
-                    seed=m.seed,
-                    progress=lambda d, n: m.report(f"Fisher information at {self.nominal} bits", d, n),
-                    shard=m.shard,
-                )
-        finally:
-            m.simulation.reset()
-
-    @cached_property
-    def drops(self) -> TypeDrops:
-        """See `Evidence.drops`."""
-        m = self.measurements
-        return alpha.measure(
-            m.simulation,
-            self.sites,
-            self.table,
-            m.judge,
-            seed=m.seed,
-            progress=lambda d, n: m.report("accuracy by layer type", d, n),
-        )
-
-    @cached_property
-    def errors(self) -> dict[str, dict[int, float]]:
-        """||W_hat x_hat - W x||^2 / ||W x||^2 of each linear by width, x in floating point."""
-        found: dict[str, dict[int, float]] = {}
-        for site in self.sites:
-            seen, weight = self.measurements.observations[site.name], self.weights[site.name]
-            assert isinstance(seen, LinearObservation)
-            exact = seen.rows @ weight.t()
-            size = max(float(exact.square().sum()), 1e-300)
-            found[site.name] = {
-                bits: float((output(seen.rows, weight, params) - exact).square().sum()) / size
-                for bits, params in self.table[site.name].items()
-            }
-        return found
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Where to measure; None is the CPU.
-
-    Raises:
-        BackendError: the device does not exist here.
-    """
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-    except RuntimeError:
-        raise BackendError(f"unknown device {device!r}; allowed: cpu, cuda") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise BackendError(f"calibration does not run on device {str(device)!r}; allowed: cpu, cuda")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU on this machine; allowed: cpu")
-    return chosen
-
-
-@torch.no_grad()
-def check_images(images: Tensor, simulation: Simulation) -> Tensor:
-    """`images` as fp32, if the model takes them.
-
-    Raises:
-        DataError: not a tensor of floating point [n >= 1, C, H, W], not finite, or of a size that the model refuses.
-    """
-    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images) or not images.is_floating_point():
-        came = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(
-            f"calibration images are {came}; expected a floating-point tensor [n, channels, height, width], n >= 1"
-        )
-    finite = images.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        raise DataError(f"calibration image number {int((~finite).nonzero()[0])} is not finite (NaN or infinity)")
-    images = (images.clone() if images.is_inference() else images.detach()).float()
-    try:
-        simulation(images[:1].to(next(simulation.parameters()).device))
-    except (AssertionError, RuntimeError, ValueError) as error:  # what torch and timm raise for a wrong shape
-        reason = str(error).strip().split("\n")[0]
-        shape, name = tuple(images.shape[1:]), simulation.description.architecture
-        raise DataError(f"{name} does not take images of shape {shape} [channels, height, width]: {reason}") from error
-    return images
-
-
-def check_labels(labels: Tensor | None, count: int, classes: int) -> Tensor | None:
-    """`labels` as int64 on the CPU, or None.
-
-    Raises:
-        DataError: not one whole number from 0 to classes - 1 for each image.
-    """
-    if labels is None:
-        return None
-    labels = torch.as_tensor(labels).cpu()
-    if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DataError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}; expected {count} whole numbers, one for each image"
-        )
-    labels = labels.long()
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise DataError(
-            f"labels lie in {int(labels.min())}..{int(labels.max())}; this model has classes 0..{classes - 1}"
-        )
-    return labels
-
-
-def _styled(site: Site, formats: backends.Formats, preparation: Preparation) -> backends.Formats:
-    """`formats` with the preparation's scheme of softmax output and steps of fc2's input."""
-    width = _width(formats)
-    if width == FLOAT_BITS:
-        return formats
+def _styled(site: Site, bits: int, input_bits: int | None, preparation: Preparation) -> backends.Formats:
+    """Formats of that width with the preparation's schemes and steps; `input_bits` of a linear's input, if given."""
+    if bits == FLOAT_BITS:
+        return backends.formats(site.kind, bits)
     granularity = preparation.fc2_input if site.kind is Kind.FC2 else "tensor"
-    input_bits = preparation.activations
-    scheme = preparation.scheme_of(site.kind) if (input_bits or width) in TABLE_BITS else "uniform"
+    scheme = preparation.scheme_of(site.kind) if (input_bits or bits) in TABLE_BITS else "uniform"
     return backends.formats(
         site.kind,
-        width,
+        bits,
         input_bits=input_bits,
-        p_scheme=preparation.softmax_at(width),
+        p_scheme=preparation.softmax_at(bits),
         input_granularity=granularity,
         input_scheme=scheme,
-        weight_scheme=preparation.weights if width in TABLE_BITS else "uniform",
+        weight_scheme=preparation.weights if bits in LEVEL_BITS else "uniform",
     )
 
 
 def _width(formats: backends.Formats) -> int:
     return formats["weight"].bits if "weight" in formats else max(f.bits for f in formats.values())
+
+
+def _key(search: str, name: str, formats: backends.Formats) -> str:
+    """Where the steps of a site in these formats are kept."""
+    return f"{search} {name} {'-'.join(str(fmt.bits) for fmt in formats.values())}"

@@ -4,10 +4,11 @@
     plan = calibration.plan(Budget(mean_bits=4))           # any number of budgets and recipes
     plan = make_plan(model, images, budget=Budget(mean_bits=4))      # both in one
 
-The allocator decides on the blocks' linears (LampQ, AAAI-26, section 4.1). Patch embedding (input at 8 bits), head
-and attention matmuls take the nominal width: the budget's mean bits, rounded; without such a budget, the mean that
-comes out, rounded. Under a budget of latency a linear may also stay in floating point: that costs time where integers
-are faster, and then buys accuracy only where there is time to spare.
+The allocator decides on the blocks' linears (LampQ, AAAI-26, section 4.1), or on weights, inputs and attention matmuls
+one by one (`variables`). What is left, patch embedding (input at 8 bits), head and, in the first case, attention,
+takes the nominal width: the budget's mean bits, rounded; without such a budget, the mean that comes out, rounded.
+Under a budget of latency a linear may also stay in floating point: that costs time where integers are faster, and
+then buys accuracy only where there is time to spare.
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lampq_rt.calibrate.allocate import ALLOCATORS, Problem
-from lampq_rt.calibrate.costs import COSTS, Budget, Cost, edges_of
+from lampq_rt.backends import Formats
+from lampq_rt.calibrate import variables
+from lampq_rt.calibrate.allocate import ALLOCATORS
+from lampq_rt.calibrate.checks import check_images, resolve_device
+from lampq_rt.calibrate.costs import Budget
 from lampq_rt.calibrate.costs.timed import TimedCosts
 from lampq_rt.calibrate.distributed import SINGLE, Shard
-from lampq_rt.calibrate.evidence import Measurements, SearchEvidence, check_images, resolve_device
+from lampq_rt.calibrate.evidence import Measurements
 from lampq_rt.calibrate.metrics import PENALTIES, Score
 from lampq_rt.calibrate.prepare import NO_MORE, Material, finished, prepared
+from lampq_rt.calibrate.problems import Problems, implied
 from lampq_rt.calibrate.progress import Report, reporting
 from lampq_rt.calibrate.proposal import Proposal, finalists
 from lampq_rt.calibrate.provenance import Facts, provenance
 from lampq_rt.calibrate.recipes import PLAIN, RECIPES, Preparation, Recipe
 from lampq_rt.calibrate.refine import refine
+from lampq_rt.calibrate.search_evidence import SearchEvidence
+from lampq_rt.calibrate.variables import Variable
 from lampq_rt.errors import BudgetError
-from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS
+from lampq_rt.formats import FLOAT_BITS
 from lampq_rt.latency.table import LatencyTable
 from lampq_rt.plan import Plan, SiteParams, weights_digest
-from lampq_rt.sites import Site
-
-Penalties = Mapping[str, Mapping[int, float]]
 
 
 def make_plan(
@@ -176,14 +180,14 @@ class Calibration:
             check_images(material.images, self.measurements.simulation)
         self._prepared: dict[Preparation, Calibration] = {preparation: self}
         self.description = self.measurements.description
-        self.costs: dict[str, Cost] = {unit: COSTS.get(unit)(model, self.description) for unit in COSTS}
         self.timed = TimedCosts(model, self.measurements.images.shape[1:], target, latency_table)
+        self.problems = Problems(model, self.measurements, self.timed)
         self.target = target
         self.model_name = model_name or self.description.architecture
         self.weights_digest = weights_digest(model)
         self.images_digest = images_digest or digest(self.measurements.images, shard)
-        self._evidence: dict[tuple[str, int], SearchEvidence] = {}
-        self._scores: dict[tuple[str, str, int], Score] = {}
+        self._evidence: dict[tuple[str, int, bool], SearchEvidence] = {}
+        self._scores: dict[tuple[str, str, int, bool], Score] = {}
 
     @torch.inference_mode(False)
     def plan(self, budget: Budget, recipe: str = "lampq") -> Plan:
@@ -219,144 +223,86 @@ class Calibration:
         return self._prepared[preparation]
 
     def _plan(self, budget: Budget, chosen: Recipe) -> Plan:
-        limits = {unit: self._limit(budget, unit) for unit in budget}
-        nominal = self._nominal_bits(chosen, limits)
+        limits = self.problems.limits(implied(budget) if chosen.free else budget)
+        nominal = self.problems.nominal_bits(chosen.allocator, self._variables(bool(chosen.free)), limits)
         proposals = self._proposals(chosen, limits, nominal)
-        proposal = self._best(chosen, proposals, nominal)
-        bits, refined = dict(proposal.allocation.bits), None
-        if chosen.refine and bits:
+        proposal = self._best(chosen, proposals)
+        formats, refined = proposal.formats, None
+        if chosen.refine and proposal.allocation.bits:
             bits, refined = self._refine(chosen, nominal, proposal)
-        final, fixed = [proposal], self._fixed_widths(nominal)
+            formats = self.problems.formats(self._variables(False), bits, nominal)
+        final = [proposal]
         if chosen.compensate:
             final = finalists(proposals, proposal)
-            candidates = [self._bare({**fixed, **found}) for found in (bits, *(p.allocation.bits for p in final[1:]))]
+            candidates = [self._bare(found) for found in (formats, *(p.formats for p in final[1:]))]
         else:
-            candidates = [self._sites(chosen.search, bits, self._fixed(chosen.search, nominal))]
+            candidates = [self.measurements.chosen(chosen.search, formats)]
         sites, edits, kept = finished(self.measurements, self.original, self.model, candidates, chosen, self.material)
         proposal = final[kept]
         facts = Facts(chosen, budget, limits, nominal, proposals, proposal, refined, tuple(edits))
         dtype = self.measurements.residual_dtype
         return Plan(self.model_name, self.weights_digest, sites, provenance(self, facts, sites), dtype, edits)
 
-    def evidence(self, search: str, nominal: int) -> SearchEvidence:
-        """What penalties are made from, with the range search of that name and that nominal width."""
-        key = (search, nominal)
+    def evidence(self, search: str, nominal: int, free: bool = False) -> SearchEvidence:
+        """What penalties are made from, with the range search of that name, that nominal width, and those variables."""
+        key = (search, nominal, free)
         if key not in self._evidence:
-            self._evidence[key] = SearchEvidence(self.measurements, search, nominal)
+            shared = self.evidence(search, nominal) if free else None
+            self._evidence[key] = SearchEvidence(self.measurements, search, nominal, self._variables(free), shared)
         return self._evidence[key]
+
+    def _variables(self, free: bool) -> tuple[Variable, ...]:
+        return variables.of(self.description, free_widths=free)
 
     def _proposals(self, recipe: Recipe, limits: Mapping[str, float], nominal: int) -> list[Proposal]:
         """The allocator's answers to the recipe's penalties, and the same bits everywhere where it asks for that."""
-        found = [self._propose(recipe, recipe.allocator, limits, nominal, p) for p in recipe.penalties or (None,)]
-        if recipe.baseline:
+        found = [self._propose(recipe, recipe.allocator, limits, nominal, p, free=True) for p in recipe.free]
+        tied = [(recipe.allocator, penalty) for penalty in recipe.penalties or (None,)]
+        for allocator, penalty in tied + ([("uniform", None)] if recipe.baseline else []):
             try:
-                found.append(self._propose(recipe, "uniform", limits, nominal, None))
-            except BudgetError:  # no common width keeps what a mixture keeps
-                pass
+                found.append(self._propose(recipe, allocator, limits, nominal, penalty))
+            except BudgetError:  # no common width keeps what a mixture keeps, no tied widths what free ones keep
+                if not found:
+                    raise
         return found
 
     def _propose(
-        self, recipe: Recipe, allocator: str, limits: Mapping[str, float], nominal: int, penalty: str | None
+        self,
+        recipe: Recipe,
+        allocator: str,
+        limits: Mapping[str, float],
+        nominal: int,
+        penalty: str | None,
+        free: bool = False,
     ) -> Proposal:
         """The allocator's answer with that penalty; with None, or where there is nothing to choose, without."""
-        score = None
-        if penalty is not None and self.measurements.linears:
-            key = (recipe.search, penalty, nominal)
+        score, chosen = None, self._variables(free)
+        if penalty is not None and chosen:
+            key = (recipe.search, penalty, nominal, free)
             if key not in self._scores:
-                self._scores[key] = PENALTIES.get(penalty)(self.evidence(recipe.search, nominal))
+                self._scores[key] = PENALTIES.get(penalty)(self.evidence(recipe.search, nominal, free))
             score = self._scores[key]
-        problem = self._problem(limits, nominal, None if score is None else score.penalties)
-        return Proposal(penalty, score, problem, ALLOCATORS.get(allocator)(problem))
+        problem = self.problems.problem(chosen, limits, nominal, None if score is None else score.penalties)
+        allocation = ALLOCATORS.get(allocator)(problem)
+        formats = self.problems.formats(chosen, allocation.bits, nominal)
+        return Proposal(penalty, score, problem, allocation, formats, free)
 
-    def _best(self, recipe: Recipe, proposals: list[Proposal], nominal: int) -> Proposal:
+    def _best(self, recipe: Recipe, proposals: list[Proposal]) -> Proposal:
         """The proposal of least divergence on the calibration images; one alone needs no trial."""
-        if len({tuple(p.allocation.bits.values()) for p in proposals}) > 1:
-            m, fixed = self.measurements, self._fixed(recipe.search, nominal)
+        if any(p.formats != proposals[0].formats for p in proposals):
+            m = self.measurements
             judge = m.plan_judge
             for done, proposal in enumerate(proposals, 1):
-                m.simulation.set(self._sites(recipe.search, proposal.allocation.bits, fixed))
+                m.simulation.set(m.chosen(recipe.search, proposal.formats))
                 proposal.divergence = judge(m.simulation).divergence
                 m.simulation.reset()
                 m.report("comparing plans", done, len(proposals))
         return min(proposals, key=lambda p: p.divergence or 0.0)
 
-    def _bare(self, widths: Mapping[str, int]) -> dict[str, SiteParams]:
+    def _bare(self, formats: Mapping[str, Formats]) -> dict[str, SiteParams]:
         """Formats alone of all sites: their steps are searched anew."""
-        return {site.name: self.measurements.bare(site, widths[site.name]) for site in self.description.sites}
-
-    def _sites(self, search: str, bits: Mapping[str, int], fixed: Mapping[str, SiteParams]) -> dict[str, SiteParams]:
-        """Formats and steps of all sites, in order of execution."""
-        table = self.measurements.params(search, {name: [width] for name, width in bits.items()})
-        decided = {name: table[name][width] for name, width in bits.items()}
-        return {site.name: {**fixed, **decided}[site.name] for site in self.description.sites}
-
-    def _problem(self, limits: Mapping[str, float], nominal: int, penalties: Penalties | None) -> Problem:
-        """The choice of widths with the other sites at the nominal width; by default, penalties know no data."""
-        linears, menu = self.measurements.linears, self.measurements.menu
-        widths = {site.name: self._widths(site, limits) for site in linears}
-        if penalties is None:
-            penalties = {site.name: {w: site.params * 4.0**-w for w in widths[site.name]} for site in linears}
-        penalties = {name: {w: penalties[name].get(w, 0.0) for w in row} for name, row in widths.items()}
-        costs, constants = {}, {}
-        for unit in limits:
-            cost = self.cost(unit)
-            costs[unit] = {s.name: {w: cost.of(s, menu[s.name][w]) for w in widths[s.name]} for s in linears}
-            others = (site for site in self.description.sites if site not in linears)
-            constants[unit] = cost.constant + sum(
-                cost.of(site, menu[site.name][self.measurements.nearest(site, nominal)]) for site in others
-            )
-        edges = {unit: found for unit in limits if (found := edges_of(self.cost(unit)))}
-        return Problem(penalties, costs, limits, constants, edges, self.timed.inverse(limits))
-
-    def cost(self, unit: str) -> Cost:
-        """What that unit of a budget costs."""
-        return self.timed[unit] if TimedCosts.has(unit) else self.costs[unit]
-
-    def _limit(self, budget: Budget, unit: str) -> float:
-        """The limit in the cost's own unit."""
-        return self.timed.limit(budget, unit) if TimedCosts.has(unit) else budget.resolve(unit, self.costs[unit].full)
-
-    def _widths(self, site: Site, limits: Mapping[str, float]) -> list[int]:
-        """Widths that the site may have, narrowest first; floating point is one of them where time is limited."""
-        return self.measurements.widths(site) + ([FLOAT_BITS] if any(map(TimedCosts.has, limits)) else [])
-
-    def _nominal_bits(self, recipe: Recipe, limits: Mapping[str, float]) -> int:
-        """A budget of mean bits, rounded; without one, the widest width that does not exceed the mean that it leaves.
-
-        Nothing is measured for it, so that a budget that cannot be met says so at once.
-
-        Raises:
-            BudgetError: no choice of bits keeps the limits.
-        """
-        allocator = ALLOCATORS.get(recipe.allocator)
-        if "mean_bits" in limits:
-            nominal = _rounded(limits["mean_bits"])
-            allocator(self._problem(limits, nominal, None))
-            return nominal
-        for nominal in reversed(INTEGER_BITS[1:]):
-            try:
-                bits = allocator(self._problem(limits, nominal, None)).bits
-            except BudgetError:
-                continue
-            if not bits or _rounded(self._mean_bits(bits)) >= nominal:
-                return nominal
-        allocator(self._problem(limits, INTEGER_BITS[0], None))
-        return INTEGER_BITS[0]
-
-    def _mean_bits(self, bits: Mapping[str, int]) -> float:
-        linears = self.measurements.linears
-        return sum(s.params * bits[s.name] for s in linears) / sum(s.params for s in linears)
-
-    def _fixed_widths(self, nominal: int) -> dict[str, int]:
-        """Widths of the sites that the allocator does not decide on."""
-        others = [site for site in self.description.sites if site not in self.measurements.linears]
-        return {site.name: self.measurements.nearest(site, nominal) for site in others}
-
-    def _fixed(self, search: str, nominal: int) -> dict[str, SiteParams]:
-        """Sites that the allocator does not decide on, at the nominal width."""
-        widths = self._fixed_widths(nominal)
-        found = self.measurements.params(search, {name: [width] for name, width in widths.items()})
-        return {name: found[name][width] for name, width in widths.items()}
+        sites = self.description.sites
+        return {site.name: SiteParams(site.kind, dict(formats[site.name]), {}, site.params) for site in sites}
 
     def _refine(self, recipe: Recipe, nominal: int, proposal: Proposal) -> tuple[dict[str, int], Mapping[str, Any]]:
         m, evidence = self.measurements, self.evidence(recipe.search, nominal)
@@ -365,7 +311,9 @@ class Calibration:
             floating = m.params(recipe.search, {name: [FLOAT_BITS] for name in table})
             table = {name: {**row, **floating[name]} for name, row in table.items()}
             errors = {name: {**row, FLOAT_BITS: 0.0} for name, row in errors.items()}
-        fixed = self._fixed(recipe.search, nominal)
+        fixed = m.chosen(
+            recipe.search, {n: f for n, f in proposal.formats.items() if n not in proposal.allocation.bits}
+        )
         m.simulation.reset()
         m.simulation.set(fixed)
         try:
@@ -391,8 +339,3 @@ def digest(images: Tensor, shard: Shard) -> str:
         found.update(image.contiguous().flatten().view(torch.uint8).numpy().data)
         own.append(found.hexdigest())
     return hashlib.sha256("".join(text for part in shard.objects(own) for text in part).encode()).hexdigest()
-
-
-def _rounded(mean_bits: float) -> int:
-    """`mean_bits` rounded, within the integer widths."""
-    return min(max(round(mean_bits), INTEGER_BITS[0]), INTEGER_BITS[-1])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from lampq_rt.backends import Formats
 from lampq_rt.calibrate.allocate import Allocation, Problem
 from lampq_rt.calibrate.metrics import Score
 
@@ -20,6 +23,8 @@ class Proposal:
         score: what the penalty said.
         problem: what was solved.
         allocation: the answer.
+        formats: of all sites at that answer, in order of execution.
+        free: True where weights, inputs and attention matmuls had variables of their own.
         divergence: on the calibration images (`judge.Answers`), where several proposals were compared.
     """
 
@@ -27,10 +32,17 @@ class Proposal:
     score: Score | None
     problem: Problem
     allocation: Allocation
+    formats: Mapping[str, Formats]
+    free: bool = False
     divergence: float | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able, for the plan's provenance."""
+        facts = {"penalty": self.penalty, "objective": self.allocation.objective, "divergence": self.divergence}
+        return {**facts, "widths": "free"} if self.free else facts
 
 
 def finalists(proposals: list[Proposal], best: Proposal) -> list[Proposal]:
     """The best proposal and the next of other bits: which gains more from compensation is seen only after it."""
-    others = [p for p in proposals if p.allocation.bits != best.allocation.bits]
+    others = [p for p in proposals if p.formats != best.formats]
     return [best, *sorted(others, key=lambda p: p.divergence or 0.0)[: FINALISTS - 1]]

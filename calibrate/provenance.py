@@ -25,7 +25,7 @@ class Facts:
     Attributes:
         recipe: as carried out.
         budget: as asked.
-        limits: by unit, in the cost's own unit.
+        limits: by unit, in the cost's own unit; one that was not asked for comes from the recipe (`problems.implied`).
         nominal: width of the sites that the allocator does not decide on.
         proposals: all that were compared.
         proposal: the one that was kept.
@@ -45,9 +45,9 @@ class Facts:
 
 def provenance(calibration: Calibration, facts: Facts, sites: Mapping[str, SiteParams]) -> dict[str, Any]:
     """The plan's provenance."""
+    problems = calibration.problems
     costs = {
-        unit: total(calibration.cost(unit), calibration.description, sites)
-        for unit in {**calibration.costs, **facts.limits}
+        unit: total(problems.cost(unit), calibration.description, sites) for unit in {**problems.costs, **facts.limits}
     }
     proposal, measurements = facts.proposal, calibration.measurements
     score, allocation = proposal.score, proposal.allocation
@@ -65,19 +65,17 @@ def provenance(calibration: Calibration, facts: Facts, sites: Mapping[str, SiteP
         },
         "recipe": facts.recipe.to_json(),
         "budget": {
-            u: {"asked": facts.budget.limits[u], "limit": facts.limits[u], "reached": costs[u]} for u in facts.limits
+            u: {"asked": facts.budget.limits.get(u), "limit": facts.limits[u], "reached": costs[u]}
+            for u in facts.limits
         },
-        "costs": {unit: costs[unit] for unit in calibration.costs},
-        "full_costs": {unit: cost.full for unit, cost in calibration.costs.items()},
+        "costs": {unit: costs[unit] for unit in problems.costs},
+        "full_costs": {unit: cost.full for unit, cost in problems.costs.items()},
         "nominal_bits": facts.nominal,
         **calibration.timed.facts(facts.budget, costs),
         "objective": None if score is None else allocation.objective,
         "mip_gap": allocation.gap,
         "penalty": proposal.penalty,
-        "proposals": [
-            {"penalty": p.penalty, "objective": p.allocation.objective, "divergence": p.divergence}
-            for p in facts.proposals
-        ],
+        "proposals": [p.facts() for p in facts.proposals],
         "metric": {} if score is None else dict(score.facts),
         "sensitivity": {} if score is None else dict(score.sensitivity),
         "refine": None if facts.refined is None else dict(facts.refined),

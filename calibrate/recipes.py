@@ -97,6 +97,9 @@ ADALOG = Preparation(("repq",), softmax="log2", families=(("fc2", "adalog"),))
 """AdaLog's base (2407.12951), which LampQ's results were published on, but softmax output in powers of two: no backend
 executes a searched base there."""
 
+FREE_PENALTIES = ("fisher-output", "fisher-context", "measured")
+"""Penalties that tell the operands of a site apart."""
+
 STEPS = 240
 """Of the training of `lampq+rec`."""
 
@@ -118,6 +121,8 @@ class Recipe:
         compensate: True where the plan's weights and biases are made good site after site (`compensate`). Of several
             answers two are, and compared once more.
         schedule: of the training that follows (`reconstruct`); of no steps where none does.
+        free: names of penalties that the allocator answers to with free widths (`variables.free`), beside its tied
+            answers to `penalties`. Activations are then limited as weights are, unless the budget limits them.
     """
 
     name: str
@@ -130,14 +135,26 @@ class Recipe:
     preparation: Preparation = PLAIN
     compensate: bool = False
     schedule: Schedule = Schedule()
+    free: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.free:
+            unknown = set(self.free) - set(FREE_PENALTIES)
+            if unknown:
+                raise ValueError(f"free widths by {sorted(unknown)}; allowed: {', '.join(FREE_PENALTIES)}")
+            if self.refine or self.preparation.activations or self.preparation.attention:
+                raise ValueError(
+                    f"recipe {self.name!r} has free widths: allowed without the iterative update, and without "
+                    "a width of activations or attention"
+                )
         if self.compensate and self.preparation.families:
             raise ValueError(f"recipe {self.name!r} compensates, which makes tables anew: allowed without families")
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict, for the plan's provenance."""
-        return {**asdict(self), "penalties": list(self.penalties), "preparation": self.preparation.to_json()}
+        facts = {**asdict(self), "penalties": list(self.penalties), "preparation": self.preparation.to_json()}
+        free = facts.pop("free")
+        return {**facts, "free": list(free)} if free else facts
 
 
 RECIPES: Registry[Recipe] = Registry("recipe")
@@ -235,6 +252,18 @@ for _recipe in (
         "lampq+ for the weights alone: all activations have 8 bits",
         WEIGHTS_ONLY,
         compensate=True,
+    ),
+    Recipe(
+        "lampq+f",
+        "output-error",
+        ("fisher-output",),
+        "milp",
+        True,
+        False,
+        "lampq+ with widths of their own for weights, inputs and attention",
+        STRONG,
+        compensate=True,
+        free=("fisher-output", "measured"),
     ),
     Recipe(
         "lampq+rec",

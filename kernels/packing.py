@@ -17,7 +17,7 @@ from lampq_rt.kernels import reference
 GROUP = 8
 """Codes that fill whole bytes, at any width."""
 
-WIDTHS = range(2, 9)
+WIDTHS = range(1, 9)
 """Widths that can be packed."""
 
 
@@ -31,7 +31,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: int8, any shape, signed codes in [-2^(bits-1), 2^(bits-1) - 1].
-        bits: 2..8.
+        bits: 1..8.
 
     Returns:
         uint8 [packed_bytes(codes.numel(), bits)].
@@ -61,7 +61,7 @@ def unpack_bits(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
 
     Args:
         packed: uint8 [packed_bytes(prod(shape), bits)].
-        bits: 2..8.
+        bits: 1..8.
         shape: of the codes.
 
     Returns:
@@ -113,7 +113,7 @@ def container_bytes(n: int, k: int, bits: int) -> int:
 
 def _check_bits(bits: int) -> None:
     if bits not in WIDTHS:
-        raise ValueError(f"cannot pack codes of {bits} bits; allowed: 2..8")
+        raise ValueError(f"cannot pack codes of {bits} bits; allowed: 1..8")
 
 
 def _columns(flat: Tensor, width: int) -> Tensor:

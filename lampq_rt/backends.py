@@ -38,13 +38,14 @@ def formats(
 
     Args:
         kind: the site's kind.
-        bits: 2..8, or 16 for floating point.
-        input_bits: width of a linear's input where it differs from the weight's. A patch embedding's is 8 by default.
+        bits: 2..8, or 16 for floating point; 1 of a weight of scheme "levels".
+        input_bits: width of a linear's input where it differs from the weight's. A patch embedding's is 8 by default,
+            that beside a weight of 1 bit 2.
         p_scheme: of softmax output: "rowmax", "log2", which has at most 4 bits, or "cubic", at most 7.
         input_granularity: of a linear's input: "tensor", or "channel", which fc2 has alone: GELU of fc1 makes its
             codes, where a step a column costs nothing.
         input_scheme: of a linear's input: "uniform", or "table", which the blocks' linears have, at 2..7 bits.
-        weight_scheme: of a linear's weight: "uniform", or "levels", at 2..7 bits.
+        weight_scheme: of a linear's weight: "uniform", or "levels", at 1..7 bits.
 
     Raises:
         FormatError: no such scheme of softmax output, or not at that width; no such granularity at that kind; no such
@@ -66,7 +67,7 @@ def formats(
     if weight_scheme not in WEIGHT_SCHEMES:
         raise FormatError(f"scheme {weight_scheme!r} of a weight; allowed: {', '.join(WEIGHT_SCHEMES)}")
     if input_bits is None:
-        input_bits = 8 if kind is Kind.PATCH_EMBED else bits
+        input_bits = 8 if kind is Kind.PATCH_EMBED else max(bits, INTEGER_BITS[0])
     return {
         "weight": Format(bits, weight_scheme, "channel", True),
         "input": Format(input_bits, input_scheme, input_granularity, False),
@@ -114,7 +115,7 @@ def check_formats(site: Site, chosen: Formats) -> None:
             allowed = formats(
                 site.kind,
                 came.bits,
-                input_bits=came.bits,
+                input_bits=max(came.bits, INTEGER_BITS[0]),
                 p_scheme=p_scheme,
                 input_granularity=granularity,
                 input_scheme=scheme,

@@ -41,13 +41,15 @@ def calibrate(
         typer.Option(
             "--budget",
             metavar="UNIT=LIMIT",
-            help="Another budget, also several: weight_bytes=15%, bops=20%, latency_ms=2@8 (batch 8), speedup=2@8.",
+            help="Another budget, also several: mean_activation_bits=5, weight_bytes=15%, bops=20%, "
+            "latency_ms=2@8 (batch 8), speedup=2@8.",
         ),
     ] = None,
     recipe: Annotated[
         str,
         typer.Option(
-            help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, lampq+, lampq+a, lampq+w or lampq+rec."
+            help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, lampq+, lampq+a, lampq+w, lampq+f or "
+            "lampq+rec."
         ),
     ] = "lampq",
     labels: Labels = None,

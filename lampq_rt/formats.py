@@ -18,7 +18,10 @@ SOFTMAX_SCHEMES = tuple(SOFTMAX_BITS)
 """Schemes of softmax output. Their steps are fixed, so a plan holds none."""
 
 TABLE_BITS = INTEGER_BITS[:-1]
-"""Widths of schemes "table" and "levels", whose levels lie on the 8-bit grid (docs/numerics.md)."""
+"""Widths of scheme "table", whose levels lie on the 8-bit grid (docs/numerics.md)."""
+
+LEVEL_BITS = (1, *TABLE_BITS)
+"""Widths of scheme "levels": a weight may also have two levels. In memory they take what 4 bits take."""
 
 GRANULARITIES = ("tensor", "head", "channel", "row")
 
@@ -28,10 +31,10 @@ class Format:
     """Number format of one operand.
 
     Attributes:
-        bits: width of a code, 2..8, or 16 for floating point.
+        bits: width of a code, 2..8, or 16 for floating point; 1 for weights of scheme "levels".
         scheme: name of the quantizer (`lampq_rt.quantizers`): "uniform"; "table" for inputs of blocks' linears whose
             levels lie anywhere on the 8-bit grid (docs/numerics.md, "Tables"), 2..7 bits; "levels" for weights whose
-            codes name such levels ("Levels of weights"), 2..7 bits; of softmax output (rule 7)
+            codes name such levels ("Levels of weights"), 1..7 bits; of softmax output (rule 7)
             "rowmax", where the row's maximum has the top code, "log2", powers of two, at most 4 bits, and "cubic",
             codes of the cube root, at most 7; "float" for 16 bits.
         granularity: what shares one step: "tensor", "head", "channel" (output channel of a weight; input channel of
@@ -45,12 +48,18 @@ class Format:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in (*INTEGER_BITS, FLOAT_BITS):
+        if type(self.bits) is not int or self.bits not in (1, *INTEGER_BITS, FLOAT_BITS):
             raise FormatError(f"bits = {self.bits!r}; allowed: 2..8, or 16 for floating point")
         if (self.bits == FLOAT_BITS) != (self.scheme == "float"):
             raise FormatError(f"{self.bits} bits with scheme {self.scheme!r}; 16 bits and scheme 'float' go together")
-        if self.scheme in ("table", "levels") and self.bits not in TABLE_BITS:
+        if self.scheme == "table" and self.bits not in TABLE_BITS:
             raise FormatError(f"{self.bits} bits with scheme {self.scheme!r}; allowed: 2..7 (8 are the uniform grid)")
+        if self.scheme == "levels" and self.bits not in LEVEL_BITS:
+            raise FormatError(f"{self.bits} bits with scheme {self.scheme!r}; allowed: 1..7 (8 are the uniform grid)")
+        if self.bits == 1 and self.scheme != "levels":
+            raise FormatError(
+                f"1 bit with scheme {self.scheme!r}; allowed: 2..8 bits (1 for weights of scheme 'levels')"
+            )
         if self.granularity not in GRANULARITIES:
             raise FormatError(f"granularity {self.granularity!r}; allowed: {', '.join(GRANULARITIES)}")
 

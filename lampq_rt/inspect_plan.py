@@ -24,6 +24,7 @@ COLUMNS = (Kind.QKV, Kind.QK, Kind.PV, Kind.PROJ, Kind.FC1, Kind.FC2)
 """Kinds inside a block, in order of execution: the columns of the tables."""
 
 COLOURS = {
+    1: "#7f0f1f",
     2: "#b2182b",
     3: "#e0603f",
     4: "#f2a65a",
@@ -117,8 +118,10 @@ def summary(plan: Plan) -> Group:
     memory = weight_bytes(plan)
     share = f" ({100 * memory / full:.1f} % of fp32's {size(full)})" if memory and full else ""
     images, recipe = facts.get("images", {}), facts.get("recipe", {})
+    activations = facts.get("costs", {}).get("mean_activation_bits")
+    beside = f"; activations {activations:.3f}" if isinstance(activations, (int, float)) else ""
     lines = {
-        "mean bits": f"{plan.mean_bits:.3f} over the blocks' linears",
+        "mean bits": f"{plan.mean_bits:.3f} over the blocks' linears{beside}",
         "weights in memory": f"{size(memory)}{share}",
         "codes of the weights": f"{size(sum(e.memory_bytes for e in every))} in memory, "
         f"{size(sum(e.disk_bytes for e in every))} on disk",
@@ -136,7 +139,7 @@ def summary(plan: Plan) -> Group:
     return titled(f"Plan for {plan.model}", table)
 
 
-def bits_table(plan: Plan, title: str = "Bits per layer (weight and input share a width)") -> Group:
+def bits_table(plan: Plan, title: str = "Bits per layer (weight/input where they differ)") -> Group:
     """Bits by block and kind, one cell a site, with the parameter-weighted mean of each kind below."""
     every = layers(plan)
     table = Table(show_footer=True)
@@ -237,14 +240,20 @@ def _columns(every: Sequence[Layer]) -> list[str]:
 def _cell(layer: Layer | None) -> Text:
     if layer is None:
         return Text("–", style="dim")
-    return Text("float" if layer.bits == FLOAT_BITS else str(layer.bits), style=f"bold {COLOURS[layer.bits]}")
+    text = "float" if layer.bits == FLOAT_BITS else "/".join(dict.fromkeys(_widths(layer).values()))
+    return Text(text, style=f"bold {COLOURS[layer.bits]}")
+
+
+def _widths(layer: Layer) -> dict[str, str]:
+    """Bits by operand."""
+    return {operand: text.split()[0] for operand, text in layer.formats.items()}
 
 
 def _formats(layer: Layer) -> str:
     """ "weight 4, input 8" where the operands differ, else the one width."""
     if layer.bits == FLOAT_BITS:
         return "floating point"
-    widths = {operand: text.split()[0] for operand, text in layer.formats.items()}
+    widths = _widths(layer)
     if len(set(widths.values())) == 1:
         return f"{layer.bits} bits"
     return ", ".join(f"{operand} {width}" for operand, width in widths.items()) + " bits"

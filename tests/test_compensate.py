@@ -133,9 +133,10 @@ def test_the_better_of_two_candidates_is_kept() -> None:
     calibration = calibrate(model, images_for(model, 16))
     recipe = RECIPES.get("fast")
     prepared = calibration._for(recipe.preparation)
-    few, many = ({s.name: prepared.measurements.bare(s, b) for s in prepared.description.sites} for b in (2, 8))
+    m, every = prepared.measurements, prepared.description.sites
+    few, many = (prepared._bare({s.name: m.formats(s, bits) for s in every}) for bits in (2, 8))
     for candidates, best in (([few, many], 1), ([many, few], 0)):
-        sites, _, kept = finished(prepared.measurements, model, prepared.model, candidates, recipe)
+        sites, _, kept = finished(m, model, prepared.model, candidates, recipe)
         assert kept == best and {p.formats["weight"].bits for p in sites.values() if "weight" in p.formats} == {8}
 
 
@@ -156,7 +157,8 @@ def test_weights_alone_have_few_bits_where_activations_have_eight() -> None:
     for name, params in plan.sites.items():
         widths = {operand: fmt.bits for operand, fmt in params.formats.items()}
         assert set(widths.values()) - {widths.get("weight", 8)} <= {8}, (name, widths)
-        assert all(fmt.scheme in ("uniform", "rowmax") for fmt in params.formats.values()), name
+        schemes = {operand: fmt.scheme for operand, fmt in params.formats.items() if operand != "weight"}
+        assert set(schemes.values()) <= {"uniform", "rowmax"}, (name, schemes)
     assert plan.mean_bits <= 3.0 and plan.provenance["recipe"]["preparation"]["activations"] == 8
     assert "activations" not in tied.provenance["recipe"]["preparation"]
     with torch.inference_mode():

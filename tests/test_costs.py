@@ -20,7 +20,7 @@ DIM, TOKENS = 64, 17
 LINEAR_PARAMS = 2 * (3 + 1 + 4 + 4) * DIM * DIM
 HEAD, PATCH = 10 * DIM, 3 * 8 * 8 * DIM
 
-UNITS = "bops, latency_ms, mean_bits, speedup, weight_bytes"
+UNITS = "bops, latency_ms, mean_activation_bits, mean_bits, speedup, weight_bytes"
 
 
 @pytest.fixture(scope="module")

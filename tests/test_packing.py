@@ -7,7 +7,7 @@ import torch
 
 from lampq_rt.kernels import packing, reference
 
-WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
 def _codes(shape: tuple[int, ...], bits: int, seed: int = 0) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_refusals_name_what_came_and_what_is_allowed() -> None:
     codes = torch.tensor([3, -4, 4], dtype=torch.int8)
     with pytest.raises(ValueError, match=r"-4 to 4 do not fit into 3 bits \(-4\.\.3\)"):
         packing.pack_bits(codes, 3)
-    with pytest.raises(ValueError, match="9 bits; allowed: 2..8"):
+    with pytest.raises(ValueError, match="9 bits; allowed: 1..8"):
         packing.pack_bits(codes, 9)
     with pytest.raises(ValueError, match="expected torch.int8"):
         packing.pack_bits(codes.int(), 4)

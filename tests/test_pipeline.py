@@ -21,7 +21,7 @@ from lampq_rt.calibrate.metrics.context import straight_through
 from lampq_rt.compiler import check_plan
 from lampq_rt.errors import BackendError, BudgetError, DataError, ModelError, UnknownNameError
 from lampq_rt.simulate import Simulation, simulate
-from lampq_rt.sites import BLOCK_LINEARS, Kind
+from lampq_rt.sites import BLOCK_LINEARS, MATMULS, Kind
 
 IMAGES = 8
 
@@ -79,18 +79,19 @@ def test_every_recipe_gives_a_plan_that_fits_model_and_budget(
     check_plan(model, plan)
     assert plan.mean_bits <= 4.0 + 1e-9
     assert plan.provenance["costs"]["mean_bits"] == pytest.approx(plan.mean_bits)
-    matmuls = RECIPES.get(recipe).preparation.attention or 4
+    matmuls, free = RECIPES.get(recipe).preparation.attention or 4, bool(RECIPES.get(recipe).free)
     for site in plan.sites.values():
-        if site.kind not in BLOCK_LINEARS:
-            assert site.bits == (matmuls if site.kind in (Kind.QK, Kind.PV) else 4)
+        if site.kind not in BLOCK_LINEARS and not (free and site.kind in MATMULS):
+            assert site.bits == (matmuls if site.kind in MATMULS else 4)
     assert plan.sites["patch_embed.proj"].formats["input"].bits == 8
     assert simulate(model, plan)(images).shape == (IMAGES, 10)
     facts = json.loads(json.dumps(plan.provenance, allow_nan=False))
     assert facts["recipe"]["name"] == recipe and facts["images"]["count"] == IMAGES
     assert facts["budget"]["mean_bits"] == {"asked": 4.0, "limit": 4.0, "reached": facts["costs"]["mean_bits"]}
-    assert set(facts["costs"]) == {"bops", "mean_bits", "weight_bytes"}
+    assert set(facts["costs"]) == {"bops", "mean_activation_bits", "mean_bits", "weight_bytes"}
     linears = [name for name, site in plan.sites.items() if site.kind in BLOCK_LINEARS]
-    assert list(facts["sensitivity"]) == ([] if RECIPES.get(recipe).allocator == "uniform" else linears)
+    assert list(facts["sensitivity"]) == ([] if facts["penalty"] is None else linears)
+    assert facts["penalty"] is None or RECIPES.get(recipe).allocator == "milp"
 
 
 def test_the_same_seed_gives_the_same_plan_and_the_model_is_left_alone(

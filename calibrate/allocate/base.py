@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +24,8 @@ Bits = Mapping[str, int]
 class Problem:
     """Choose one width per site: least total penalty, every total cost within its limit.
 
+    Where widths are free, a "site" is a variable (`calibrate/variables.py`): a site's weight, its input, or a matmul.
+
     Attributes:
         penalties: by site and width; what a width does to the answers, in any unit that can be added up. Every site
             has the widths that it may choose from here, narrowest first.
@@ -33,6 +35,7 @@ class Problem:
         edges: by unit, what two sites cost together beside what each costs alone, by their widths; may be negative.
         inverse: by unit whose budget people give as a lower limit, the number that a cost divides to theirs: with a
             baseline's milliseconds, a latency becomes a speed-up. For messages.
+        ties: by two sites, widths that both of them have or neither: floating point, of a weight and its input.
     """
 
     penalties: Mapping[str, Mapping[int, float]]
@@ -41,6 +44,7 @@ class Problem:
     constants: Mapping[str, float]
     edges: Mapping[str, Edges] = field(default_factory=dict)
     inverse: Mapping[str, float] = field(default_factory=dict)
+    ties: Mapping[tuple[str, str], Sequence[int]] = field(default_factory=dict)
 
     def cost(self, unit: str, bits: Bits) -> float:
         """Total of `unit` at these widths, `constants` and `edges` included."""
@@ -55,7 +59,9 @@ class Problem:
         return over if over > TOLERANCE else 0.0
 
     def fits(self, bits: Bits) -> bool:
-        """True where every budget is kept."""
+        """True where every budget is kept, and every tie."""
+        if any(w in (bits[a], bits[b]) and bits[a] != bits[b] for (a, b), tied in self.ties.items() for w in tied):
+            return False
         return not any(self.excess(unit, bits) for unit in self.limits)
 
     def penalty(self, bits: Bits) -> float:

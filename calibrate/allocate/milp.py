@@ -160,7 +160,7 @@ class _Program:
         return pair
 
     def _equalities(self) -> tuple[Any, Vector]:
-        """Rows of "one width a site" (= 1), then of "the pairs agree with the sites" (= 0)."""
+        """Rows of "one width a site" (= 1), then of "the pairs agree with the sites" and of the ties (= 0)."""
         entries: list[tuple[int, int, float]] = []
         row = {site: i for i, site in enumerate(self.problem.penalties)}
         entries += [(row[site], column, 1.0) for (site, _), column in self.columns.items()]
@@ -173,6 +173,10 @@ class _Program:
                     entries += [(count, column, 1.0) for column in columns]
                     entries += [(count, self.columns[site, width], -1.0) for width in widths]
                     count += 1
+        for (a, b), tied in self.problem.ties.items():
+            for width in tied:
+                entries += [(count, self.columns[a, width], 1.0), (count, self.columns[b, width], -1.0)]
+                count += 1
         rows, columns_, values = zip(*entries, strict=True)
         matrix = csr_array((values, (rows, columns_)), shape=(count, self.size))
         right = np.zeros(count)

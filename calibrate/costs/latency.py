@@ -11,13 +11,16 @@ import math
 
 from lampq_rt.backends import Formats
 from lampq_rt.errors import TableError
-from lampq_rt.formats import Format
-from lampq_rt.latency.predict import Predictor
+from lampq_rt.formats import INTEGER_BITS, Format
+from lampq_rt.latency.predict import WIDTHS, Predictor
 from lampq_rt.latency.table import COMPILED, OURS
 from lampq_rt.sites import Site
 
 FP32 = "fp32-eager"
 """The variant that a percentage refers to."""
+
+LEAST = INTEGER_BITS[0]
+"""Weights of 1 bit run as those of this width do."""
 
 
 class Latency:
@@ -33,7 +36,10 @@ class Latency:
     def __init__(self, predictor: Predictor) -> None:
         self.constant = predictor.entry.latency_ms[OURS]
         shares = predictor.shares()
-        self.edges = shares.edges
+        self.edges = {
+            sites: {(a, b): costs[max(a, LEAST), max(b, LEAST)] for a in (1, *WIDTHS) for b in (1, *WIDTHS)}
+            for sites, costs in shares.edges.items()
+        }
         self.baselines = {v: ms for v, ms in predictor.entry.latency_ms.items() if v not in COMPILED}
         self.full = self.baselines.get(FP32, math.nan)
         self._nodes = shares.nodes
@@ -51,7 +57,7 @@ class Latency:
 
     def of(self, site: Site, formats: Formats) -> float:
         """See `Cost.of`."""
-        return self._nodes[site.name][width(formats)]
+        return self._nodes[site.name][max(width(formats), LEAST)]
 
 
 def width(formats: Formats) -> int:

@@ -1,4 +1,4 @@
-"""Mean width of the blocks' linears, weighted by parameters: LampQ's budget (AAAI-26, section 4.3)."""
+"""Mean width of the weights of the blocks' linears, by parameters: LampQ's budget (AAAI-26, section 4.3)."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ class MeanBits:
         self.params = sum(site.params for site in description.sites if site.kind in BLOCK_LINEARS)
 
     def of(self, site: Site, formats: Formats) -> float:
-        """See `Cost.of`. Weight and input share one width; the weight's is counted."""
+        """See `Cost.of`. The weight's width is counted; `mean_activation_bits` counts the input's."""
         return site.params * formats["weight"].bits / self.params if site.kind in BLOCK_LINEARS else 0.0

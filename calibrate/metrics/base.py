@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lampq_rt.calibrate.metrics.alpha import TypeDrops
 from lampq_rt.calibrate.metrics.fisher import Fisher
+from lampq_rt.calibrate.variables import Variable
 from lampq_rt.plan import SiteParams
 from lampq_rt.registry import Registry
 from lampq_rt.sites import Site
@@ -17,18 +18,27 @@ from lampq_rt.sites import Site
 Table = Mapping[str, Mapping[int, SiteParams]]
 """Formats and steps by site and width."""
 
+Curves = Mapping[str, Mapping[int, float]]
+"""A number by variable, or by site, and width."""
+
 
 class Evidence(Protocol):
     """What the calibrator has measured of one model. Each part is measured when it is first asked for."""
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The blocks' linears: the sites whose width is chosen."""
+        """The blocks' linears."""
+        ...
+
+    @property
+    def variables(self) -> tuple[Variable, ...]:
+        """What is chosen: a width a linear, or more (`calibrate/variables.py`). Penalties are by their names."""
         ...
 
     @property
     def table(self) -> Table:
-        """Their formats and steps at every width that may be chosen, narrowest first."""
+        """Formats and steps of the variables' sites at every width that may be chosen, all operands at that width,
+        narrowest first."""
         ...
 
     @property
@@ -47,6 +57,22 @@ class Evidence(Protocol):
         ...
 
     @property
+    def attention(self) -> Curves:
+        """What a width of an attention matmul does in the floating-point model, in nats (`attention.errors`)."""
+        ...
+
+    @property
+    def attention_context(self) -> Curves:
+        """The same in the model with every site at the nominal width."""
+        ...
+
+    @property
+    def moves(self) -> Curves:
+        """Divergence on the calibration images, in nats, when one variable alone moves from the nominal width to one
+        below or above it, all else at the nominal width."""
+        ...
+
+    @property
     def drops(self) -> TypeDrops:
         """What quantising one layer of each type alone does to the answers."""
         ...
@@ -57,7 +83,7 @@ class Score:
     """A penalty's answer.
 
     Attributes:
-        penalties: by site and width, narrowest first; only their ratios matter.
+        penalties: by variable and width, narrowest first; only their ratios matter.
         sensitivity: one number per site for people: the larger, the more it deserves bits.
         facts: JSON-able facts for the plan's provenance.
     """
@@ -68,10 +94,10 @@ class Score:
 
 
 class Penalty(Protocol):
-    """One model of what a width does to the answers: additive over sites."""
+    """One model of what a width does to the answers: additive over variables."""
 
     def __call__(self, evidence: Evidence) -> Score:
-        """Penalties of every site of `evidence` at every width of its table."""
+        """Penalties of every variable of `evidence` at every width of its site's table."""
         ...
 
 

@@ -25,7 +25,7 @@ def best_table(histogram: Tensor, bits: int) -> Tensor:
 
     Args:
         histogram: [256], the weight of each code, from -128 on.
-        bits: 2..7.
+        bits: 1..7.
     """
     mass = histogram.double().cpu().numpy() + 1e-12 * float(histogram.sum() + 1e-30)  # every code has its interval
     codes = np.arange(CODES) - CODES // 2

@@ -4,6 +4,9 @@ All channels share the levels, each has its step. With the steps given, the best
 optimal scalar quantiser on the 8-bit grid, over the histogram of all channels' weights in units of their steps
 (`table.best_table`; Lloyd 1982, Max 1960). With the levels given, a channel's best step follows from which level each
 of its weights takes: sum(w l) / sum(l l). Both lower the same squared error, so the turns settle.
+
+Of 1 bit the levels are -127 and 127, and a step is the mean of |w| / 127, the best of -a, a in each channel (XNOR-Net,
+1603.05279): two levels found as above go after the outliers of a few channels.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from lampq_rt.quantizers.levels import TOP, nearest
 
 TURNS = 3
 """Of levels and steps; three more lower the error by less than a hundredth."""
+
+NEXT_TO_NOTHING = 1e-12
+"""Step of a channel of zeros at 1 bit, which has no level 0; its product with an input's step is no denormal."""
 
 REACH = 1.3
 """How far out the outermost level begins, in best clips of equal distances: unequal ones reach further."""
@@ -37,12 +43,16 @@ def weight_levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: fp32 [N, ...], finite; each of the N rows is one channel.
-        bits: width of a code, 2..7.
+        bits: width of a code, 1..7.
 
     Returns:
-        fp32 [N], positive and finite, and int8 [2^bits], rising, within -127..127. A channel of zeros gets step 1.
+        fp32 [N], positive and finite, and int8 [2^bits], rising, within -127..127. A channel of zeros gets step 1;
+        at 1 bit, `NEXT_TO_NOTHING`.
     """
     rows = weight.flatten(1).float()
+    if bits == 1:
+        scale = (rows.abs().mean(1) / TOP).clamp_min(NEXT_TO_NOTHING)
+        return scale, torch.tensor([-TOP, TOP], dtype=torch.int8, device=rows.device)
     clip = weight_scale(rows, bits) * (1 << bits - 1)
     scale, levels = clip * (REACH / TOP), torch.empty(0)
     for _ in range(TURNS):
