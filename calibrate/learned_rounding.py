@@ -10,6 +10,9 @@ between the neighbours of the weight that training starts with (of unequal level
 where h(V) is the weight's own fraction. A penalty sum(1 - |2 h - 1|^beta) (eq. 24), beta falling from 20 to 2 behind a
 warm-up without it, pushes every h to 0 or 1; at the end each is what it is nearer to. Steps of weights stay as they
 are: floors are in units of them.
+
+`kept`: codes stay what compensation made them, and steps, norms and biases learn around them: few numbers, which a few
+hundred images suffice for, and no gradient of a weight to form (NormTweaking, 2309.02784, trains norms alone).
 """
 
 from __future__ import annotations
@@ -169,5 +172,32 @@ class AdaRound:
         return linear.soft
 
 
+class Kept:
+    """See the top of the file."""
+
+    rate = "codes"
+
+    def begin(self, linears: Iterable[LearningLinear]) -> None:
+        """Make each weight once for all steps."""
+        for linear in linears:
+            linear.keep()
+
+    def weights(self, linear: LearningLinear) -> list[nn.Parameter]:
+        """None."""
+        return []
+
+    def steps(self, linear: LearningLinear) -> list[nn.Parameter]:
+        """The weight's steps."""
+        return [linear.log_weight_step]
+
+    def penalty(self, linears: Iterable[LearningLinear], done: float) -> Tensor | None:
+        """None."""
+        return None
+
+    def finish(self, linears: Iterable[LearningLinear]) -> None:
+        """Nothing is left to do."""
+
+
+ROUNDINGS.register("kept")(Kept())
 ROUNDINGS.register("straight-through")(StraightThrough())
 ROUNDINGS.register("adaround")(AdaRound())

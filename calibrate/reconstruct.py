@@ -55,7 +55,7 @@ class Schedule:
             still rounds to the code of the plan.
         objective: name of `objectives`: what the error of a block's output counts.
         order: name of `orders`: "together" or "blocks".
-        rounding: name of `learned_rounding`: "straight-through" or "adaround".
+        rounding: name of `learned_rounding`: "straight-through", "adaround" or "kept".
         soft: learning rate of AdaRound's V.
         drop: probability that an element of a linear's input is left in floating point (QDrop); 0: never.
         statistics: images that an objective measures its statistics on, before training.
@@ -151,7 +151,8 @@ def reconstruct(
     )  # fmt: skip
     training = _Training(course, schedule, first, state, digest, progress)
     training.run(begin, tensors)
-    sites = {name: module.learned() for name, module in {**linears, **matmuls}.items()}
+    sites = {name: linear.learned() for name, linear in linears.items()}
+    sites.update({name: matmul.learned() for name, matmul in matmuls.items()})
     return sites, {name: parameter.detach().float().cpu().clone() for name, parameter in rest.items()}
 
 

@@ -48,6 +48,7 @@ class LearningLinear(nn.Module):
         self.params, self.precision = linear.params, precision
         self.original = [linear.original]  # a list: not a submodule, whose weight would count
         self._made: tuple[Tensor, Tensor] | None = None
+        self._kept: Tensor | None = None
         tensors = self.params.tensors
         weight = linear.original.weight
         fmt, levels = self.params.formats["weight"], levels_of(self.params)
@@ -71,13 +72,24 @@ class LearningLinear(nn.Module):
             step = None if self.log_input_step is None else self.log_input_step.exp()
             x_hat = cast(Tensor, _QuantizedInput.apply(x, step, self.params))
             x = x_hat if self.drop is None else self.drop(x, x_hat)
-        rows, original = self._rows() if self._made is None else self._made[1], self.original[0]
+        original = self.original[0]
+        if self._kept is not None and not isinstance(original, nn.Conv2d):
+            y = _product(x, self._kept.t(), self.precision) * self.log_weight_step.exp()
+            return y if self.bias is None else y + self.bias
+        rows = self._rows() if self._made is None else self._made[1]
         if isinstance(original, nn.Conv2d):
             return cast(Tensor, _Patches.apply(x, rows.view_as(original.weight), self.bias, original.stride))
         if self.precision == torch.float32:
             return F.linear(x, rows, self.bias)
-        y = F.linear(x.to(self.precision), rows.to(self.precision)).float()
+        y = _product(x, rows.t(), self.precision)
         return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Let codes stay as they are: a step then scales what comes out, and no weight needs a gradient."""
+        self.codes.copy_(self.values[nearest(self.codes, self.values)])
+        self.codes.requires_grad_(False)
+        self._kept = channels.unscaled_weight(self.codes.detach(), self.params).to(self.precision)
 
     def _rows(self) -> Tensor:
         """fp32 [N, K]: the quantised weight."""
@@ -89,12 +101,15 @@ class LearningLinear(nn.Module):
 
     def hold(self) -> None:
         """Quantise the weight once for all forward passes up to `release`."""
+        if self._kept is not None and not isinstance(self.original[0], nn.Conv2d):
+            return
         made = self._rows()
         self._made = made, made.detach().requires_grad_(True)
 
     def release(self) -> None:
         """Hand the gradients gathered since `hold` on to codes and steps."""
-        assert self._made is not None
+        if self._made is None:
+            return
         made, used = self._made
         self._made = None
         if used.grad is not None:

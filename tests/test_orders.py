@@ -211,3 +211,35 @@ def test_a_model_whose_part_has_nothing_to_learn_trains_all_the_same(model: nn.M
         model, start(model, plan), images, replace(ALL, steps=2), progress=lambda done, total: steps.append(done)
     )
     assert steps == list(range(1, 7))
+
+
+@pytest.mark.parametrize("order", ["together", "blocks"])
+def test_codes_that_are_kept_stay_and_all_else_learns(model: nn.Module, plan: Plan, images: Tensor, order: str) -> None:
+    sites, parameters = reconstruct(
+        model, start(model, plan), images, replace(ALL, steps=20, rounding="kept", order=order, factors=0.02)
+    )
+    moved = 0
+    for name, params in sites.items():
+        before = start(model, plan).module(name).params
+        assert before is not None
+        for key, tensor in params.tensors.items():
+            if key == "weight.codes":
+                assert torch.equal(tensor, before.tensors[key]), name
+            moved += key.endswith(".scale") and not torch.equal(tensor, before.tensors[key])
+    assert moved >= len(sites) and parameters
+
+
+def test_a_kept_weight_gives_what_the_simulation_gives(model: nn.Module, plan: Plan) -> None:
+    simulated, linear = start(model, plan).module("blocks.0.mlp.fc1"), one_linear(model, plan)
+    x = torch.randn(2, 17, 32)
+    found = []
+    for kept in (False, True):
+        if kept:
+            linear.keep()
+        linear.zero_grad()
+        y = linear(x)
+        torch.testing.assert_close(y, simulated(x), rtol=1e-5, atol=1e-5)
+        y.square().sum().backward()
+        found.append(linear.log_weight_step.grad.clone())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert linear.codes.grad is None
