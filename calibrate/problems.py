@@ -79,7 +79,9 @@ class Problems:
         if penalties is None:
             sizes = {v.name: v.site.params if v.has_weight and v.whole else v.site.macs for v in variables}
             penalties = {name: {w: sizes[name] * 4.0**-w for w in row} for name, row in widths.items()}
-        penalties = {name: {w: penalties[name].get(w, 0.0) for w in row} for name, row in widths.items()}
+        penalties = {
+            name: {w: 0.0 if w == FLOAT_BITS else penalties[name][w] for w in row} for name, row in widths.items()
+        }
         by_site: dict[str, list[Variable]] = {}
         for variable in variables:
             by_site.setdefault(variable.site.name, []).append(variable)

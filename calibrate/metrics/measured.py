@@ -20,7 +20,10 @@ from statistics import pstdev
 from lampq_rt.calibrate.metrics.base import PENALTIES, Curves, Evidence, Score
 from lampq_rt.calibrate.metrics.fisher_output import penalty as predicted
 
-SPREAD = 1.0
+SPREAD = 0.3
+"""Of true corrections about their mean, as a share of it. With 1, KL of ViT-Tiny at 4 bits is 0.654 instead of 0.554:
+the few variables that noise calls insensitive lose bits."""
+
 LEAST = 0.1
 """Smallest f, as a share of m."""
 
