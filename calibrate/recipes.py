@@ -263,7 +263,7 @@ for _recipe in (
         "lampq+ with widths of their own for weights, inputs and attention",
         STRONG,
         compensate=True,
-        free=("fisher-output", "measured"),
+        free=("fisher-output",),
     ),
     Recipe(
         "lampq+rec",
