@@ -44,6 +44,7 @@ def steps() -> Iterator[tuple[str, Recipe]]:
         ("+ balance-norms", {"rewrites": strong.preparation.rewrites}),
         ("+ GPTQ, site by site", {"rounding": "gptq"}),
         (compensate, {}),
+        ("+ levels of weights", {"weights": "levels"}),
         ("+ steps by channel before fc2", {"fc2_input": "channel"}),
     ]
     labels = [label for label, _ in changes]
