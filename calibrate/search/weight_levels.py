@@ -23,7 +23,7 @@ TURNS = 3
 """Of levels and steps; three more lower the error by less than a hundredth."""
 
 NEXT_TO_NOTHING = 1e-12
-"""Step of a channel of zeros at 1 bit, which has no level 0; its product with an input's step is no denormal."""
+"""Step of a channel of zeros: levels need not have 0 among them. Its product with an input's step is no denormal."""
 
 REACH = 1.3
 """How far out the outermost level begins, in best clips of equal distances: unequal ones reach further."""
@@ -46,8 +46,8 @@ def weight_levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         bits: width of a code, 1..7.
 
     Returns:
-        fp32 [N], positive and finite, and int8 [2^bits], rising, within -127..127. A channel of zeros gets step 1;
-        at 1 bit, `NEXT_TO_NOTHING`.
+        fp32 [N], positive and finite, and int8 [2^bits], rising, within -127..127. A channel of zeros gets step
+        `NEXT_TO_NOTHING`.
     """
     rows = weight.flatten(1).float()
     if bits == 1:
@@ -55,6 +55,7 @@ def weight_levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return scale, torch.tensor([-TOP, TOP], dtype=torch.int8, device=rows.device)
     clip = weight_scale(rows, bits) * (1 << bits - 1)
     scale, levels = clip * (REACH / TOP), torch.empty(0)
+    scale[rows.abs().amax(1) == 0.0] = NEXT_TO_NOTHING
     for _ in range(TURNS):
         levels = _levels(rows, scale, bits)
         scale = _steps(rows, scale, levels)
