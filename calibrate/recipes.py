@@ -100,8 +100,8 @@ executes a searched base there."""
 FREE_PENALTIES = ("fisher-output", "fisher-context", "measured")
 """Penalties that tell the operands of a site apart."""
 
-STEPS = 240
-"""Of the training of `lampq+rec`."""
+TRAINING = Schedule(steps=120, objective="tokens", rounding="kept")
+"""Of `lampq+rec`. Codes stay: within hundreds of steps, moving them costs more than it wins (docs/calibration.md)."""
 
 
 @dataclass(frozen=True)
@@ -272,10 +272,10 @@ for _recipe in (
         "milp",
         True,
         False,
-        "lampq+, then all blocks learn from images: minutes to hours, resumable",
+        "lampq+, then steps, norms and biases of all blocks learn from images: minutes, resumable",
         STRONG,
         compensate=True,
-        schedule=Schedule(steps=STEPS),
+        schedule=TRAINING,
     ),
 ):
     RECIPES.register(_recipe.name)(_recipe)
