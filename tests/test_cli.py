@@ -104,18 +104,18 @@ def test_a_training_that_was_interrupted_goes_on_with_the_same_command(bench, mo
                "--recipe", "short", "--calib-images", 4, "--train-images", 6, "--out"]  # fmt: skip
     succeed(*command, plans[0])
     state = bench.root / "interrupted.plan.training"
-    loss, calls = reconstruct._loss, []
+    step, calls = reconstruct._Training._gradients, []
 
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return loss(*arguments)
+        return step(*arguments)
 
-    monkeypatch.setattr(reconstruct, "_loss", interrupted)
+    monkeypatch.setattr(reconstruct._Training, "_gradients", interrupted)
     assert run(*command, plans[1]).exit_code != 0
     assert state.exists() and not plans[1].exists()
-    monkeypatch.setattr(reconstruct, "_loss", loss)
+    monkeypatch.setattr(reconstruct._Training, "_gradients", step)
     succeed(*command, plans[1])
     assert not state.exists()
     assert Plan.load(plans[0]).digest == Plan.load(plans[1]).digest
