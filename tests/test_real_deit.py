@@ -45,11 +45,11 @@ def test_every_op_agrees_on_real_activations(plan: Plan, monkeypatch: pytest.Mon
     differing: dict[str, list[int]] = {}
 
     def compared(name: str) -> Any:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **levels: Any) -> Any:
             ours = args
             if name.startswith("linear_residual"):  # in place
                 ours = (args[0].clone(), *args[1:])
-            wanted, came = getattr(reference, name)(*args), getattr(NATIVE, name)(*ours)
+            wanted, came = getattr(reference, name)(*args, **levels), getattr(NATIVE, name)(*ours, **levels)
             torch.testing.assert_close(ours[0], args[0], rtol=1e-4, atol=1e-4)
             if wanted is None:
                 return None

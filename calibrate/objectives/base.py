@@ -1,8 +1,8 @@
 """What an objective of training must be able to do, and the arithmetic that several of them share.
 
 Whatever an objective counts, its value is of the size of `relative_error`: exactly that of `mse`, the same with weights
-of mean 1 (`aph`), or brought to it at the first step (`fisher`, `suffix`). So `Schedule.blocks`, which sets it against
-the divergence of the answers, means the same with each.
+of mean 1 (`aph`; `tokens`, relative to what weighs as much), or brought to it at the first step (`fisher`, `suffix`).
+So `Schedule.blocks`, which sets it against the divergence of the answers, means the same with each.
 """
 
 from __future__ import annotations
