@@ -39,17 +39,16 @@ from lampq_rt.calibrate.observe import (
     QKObservation,
     patches,
 )
-from lampq_rt.calibrate.rounding import gptq
-from lampq_rt.calibrate.search import weight_steps
+from lampq_rt.calibrate.rounding import rounded as rounded_weight
 from lampq_rt.calibrate.search.output_error import energy_worth, row_energy
 from lampq_rt.calibrate.spill import Batches
 from lampq_rt.calibrate.steps import DEFAULT_SEARCH, site_params
 from lampq_rt.inputs import quantized_input
 from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
-from lampq_rt.quantizers.levels import of_codes
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import Kind, Site
+from lampq_rt.weights import values
 
 ROWS = 1536
 """Rows of a site's input on which its steps are searched."""
@@ -220,16 +219,13 @@ class _Linear:
         weight, moment, mean_hat = self._regressed(channels.scaled_weight(self.weight, params), params)
         self.x_hat.clear()
         trim()
-        steps = weight_steps(weight, params.formats["weight"])
-        scale, levels = steps["weight.scale"], steps.get("weight.levels")
-        codes = gptq(weight, scale, moment, params.formats["weight"].bits, levels)
+        found = rounded_weight(weight, params.formats["weight"], moment)
+        params = replace(params, tensors={**params.tensors, **{key: tensor.cpu() for key, tensor in found.items()}})
         bias = None
         if self.bias is not None:
-            values = codes if levels is None else of_codes(codes, levels)
-            missing = mean.total @ self.weight.t() - mean_hat @ (values * scale[:, None]).t()
+            weight_hat = values(found["weight.codes"], params) * found["weight.scale"][:, None]
+            missing = mean.total @ self.weight.t() - mean_hat @ weight_hat.t()
             bias = (self.bias.detach() + missing).float()
-        found = {key: tensor.cpu() for key, tensor in {**steps, "weight.codes": codes}.items()}
-        params = replace(params, tensors={**params.tensors, **found})
         if rounded is not None:
             rounded(self.site, params, weight, moment)
         return params, bias

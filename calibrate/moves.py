@@ -23,8 +23,7 @@ from lampq_rt.calibrate.compensate import compensate
 from lampq_rt.calibrate.distributed import UNIT
 from lampq_rt.calibrate.evidence import Measurements
 from lampq_rt.calibrate.judge import Judge
-from lampq_rt.calibrate.rounding import gptq
-from lampq_rt.calibrate.search import weight_steps
+from lampq_rt.calibrate.rounding import rounded
 from lampq_rt.calibrate.spill import Shelf
 from lampq_rt.calibrate.steps import site_params
 from lampq_rt.calibrate.variables import Variable
@@ -148,10 +147,8 @@ class _Nominal:
             return
         for width in self.beside:
             fmt = self.measurements.formats(site, width)["weight"]
-            steps = weight_steps(weight, fmt)
-            codes = gptq(weight, steps["weight.scale"], moment, fmt.bits, steps.get("weight.levels"))
             kept = {key: t for key, t in params.tensors.items() if not key.startswith("weight.")}
-            own = {key: t.cpu() for key, t in {**kept, **steps, "weight.codes": codes}.items()}
+            own = {key: t.cpu() for key, t in {**kept, **rounded(weight, fmt, moment)}.items()}
             formats = {**params.formats, "weight": fmt}
             self._shelf.put(f"{site.name} {width}", replace(params, formats=formats, tensors=own))
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lampq_rt.calibrate.search import weight_steps
+from lampq_rt.formats import Format
 from lampq_rt.kernels import reference
 from lampq_rt.quantizers.levels import nearest
 
@@ -25,6 +27,13 @@ def weighted_moment(rows: Tensor, worth: Tensor) -> Tensor:
     share = worth / worth.sum()
     centred = rows - share @ rows
     return centred.t() @ (centred * share[:, None])
+
+
+def rounded(weight: Tensor, fmt: Format, hessian: Tensor) -> dict[str, Tensor]:
+    """Steps, levels where the format has them, and codes of a weight fp32 [N, K], by key of a plan; see `gptq`."""
+    steps = weight_steps(weight, fmt)
+    codes = gptq(weight, steps["weight.scale"], hessian, fmt.bits, steps.get("weight.levels"))
+    return {**steps, "weight.codes": codes}
 
 
 @torch.no_grad()

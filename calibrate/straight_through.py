@@ -2,8 +2,8 @@
 Bengio et al., 1308.3432), and the step of an input has the gradient of LSQ (Esser et al., 1902.08153, section 2.1).
 
 What learns of a linear are its weight in units of the step, its steps, the step of its input and its bias; of an
-attention matmul the steps of q, k and v, one a head. Codes come
-out as those of the plan it started from until a weight has crossed the middle between two of them.
+attention matmul the steps of q, k and v, one a head. Codes come out as those of the plan it started from until a
+weight has crossed the middle between two of them.
 """
 
 from __future__ import annotations
@@ -204,12 +204,13 @@ def learning(simulation: Simulation, precision: torch.dtype = torch.float32) -> 
         precision: of the factors of products, forward and backward; sums and all else are fp32.
     """
     found: dict[str, LearningLinear] = {}
+    device = next(simulation.parameters()).device
     for site in simulation.description.sites:
         module, new = simulation.module(site.name), cast(nn.Module | None, None)
         if isinstance(module, SimulatedQK):
-            new = _LearningQK(module, precision)
+            new = _LearningQK(module, precision).to(device)
         elif isinstance(module, SimulatedPV):
-            new = _LearningPV(module, precision)
+            new = _LearningPV(module, precision).to(device)
         elif isinstance(module, SimulatedLinear) and module.params is not None:
             new = found[site.name] = LearningLinear(module, precision)
         if new is not None:

@@ -14,7 +14,7 @@ from lampq_rt import backends
 from lampq_rt.edits import edited
 from lampq_rt.errors import PlanError
 from lampq_rt.plan import Plan
-from lampq_rt.quantizers import levels, table
+from lampq_rt.quantizers import flaw, table
 from lampq_rt.runner import GraphRunner, l2_bytes, micro_batch_for
 from lampq_rt.sites import Description, Site
 
@@ -219,9 +219,7 @@ def _check_tensors(site: Site, plan: Plan) -> None:
             raise PlanError(f"site {name!r}: {key} must be positive and finite")
         if key.endswith(".zero_point") and not bool(tensor.isfinite().all()):
             raise PlanError(f"site {name!r}: {key} must be finite")
-        if key == "input.table" and (wrong := table.flaw(tensor, params.formats["input"].bits)):
-            raise PlanError(f"site {name!r}: {key} {wrong}")
-        if key == "weight.levels" and (wrong := levels.flaw(tensor, params.formats["weight"].bits)):
+        if wrong := flaw(key, tensor, params.formats):
             raise PlanError(f"site {name!r}: {key} {wrong}")
 
 

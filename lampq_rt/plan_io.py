@@ -26,7 +26,7 @@ from lampq_rt.errors import FormatError, PlanError
 from lampq_rt.formats import Format
 from lampq_rt.kernels import reference
 from lampq_rt.plan import RESIDUAL_DTYPES, Plan, SiteParams
-from lampq_rt.quantizers import QUANTIZERS, levels, table
+from lampq_rt.quantizers import QUANTIZERS, flaw, levels
 from lampq_rt.sites import OPERANDS, Kind
 from lampq_rt.version import __version__
 
@@ -215,10 +215,9 @@ def _parse_site(name: str, entry: Any, tensors: dict[str, Tensor], where: str) -
     for key in wanted:
         if key not in tensors and key != "weight.codes":
             raise PlanError(f"{path}: the tensor {key} is missing")
-    if "input.table" in tensors and (wrong := table.flaw(tensors["input.table"], formats["input"].bits)):
-        raise PlanError(f"{path}: tensor input.table {wrong}")
-    if "weight.levels" in tensors and (wrong := levels.flaw(tensors["weight.levels"], formats["weight"].bits)):
-        raise PlanError(f"{path}: tensor weight.levels {wrong}")
+    for key, tensor in tensors.items():
+        if wrong := flaw(key, tensor, formats):
+            raise PlanError(f"{path}: tensor {key} {wrong}")
     return SiteParams(kind, formats, tensors, params)
 
 

@@ -14,12 +14,10 @@ from torch import Tensor
 from lampq_rt import channels
 from lampq_rt.formats import Format
 from lampq_rt.kernels import packing, reference
+from lampq_rt.kernels.containers import LEVELS
 from lampq_rt.plan import SiteParams
 from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.quantizers.levels import Levels, codes_of, of_codes
-
-NIBBLE_LEVELS = 16
-"""Entries of the levels that kernels look up for packed codes, whatever their width."""
 
 
 def levels_of(params: SiteParams) -> Tensor | None:
@@ -83,8 +81,8 @@ def container(codes: Tensor, params: SiteParams) -> tuple[Tensor, Tensor | None]
         return packing.weight_container(codes, bits), None
     if not packing.is_packed_int4(codes.shape[-1], bits):
         return of_codes(codes, levels), None
-    spread = levels.new_zeros(NIBBLE_LEVELS)
-    start = (NIBBLE_LEVELS - len(levels)) // 2
+    spread = levels.new_zeros(LEVELS)
+    start = (LEVELS - len(levels)) // 2
     spread[start : start + len(levels)] = levels
     return packing.weight_container(codes, bits), spread.to(codes.device)
 
@@ -107,4 +105,4 @@ def level_bytes(params: SiteParams) -> int:
     if levels_of(params) is None or scale is None:
         return 0
     packed = packing.is_packed_int4(params.params // scale.numel(), params.formats["weight"].bits)
-    return NIBBLE_LEVELS if packed else 0
+    return LEVELS if packed else 0

@@ -12,10 +12,10 @@ from torch import nn
 
 from lampq_rt.backends import Formats
 from lampq_rt.calibrate.costs.base import COSTS
+from lampq_rt.kernels.containers import LEVELS
 from lampq_rt.kernels.reference import NIBBLE_GROUP
 from lampq_rt.quantizers.table import ENTRIES
 from lampq_rt.sites import Description, Kind, Site
-from lampq_rt.weights import NIBBLE_LEVELS
 
 FLOAT_BYTES = 4
 CHANNEL_BYTES = 8
@@ -54,7 +54,7 @@ class WeightBytes:
         packed = weight.bits <= PACKED_BITS and site.in_features % NIBBLE_GROUP == 0
         vectors = VECTOR_BYTES * site.in_features if formats["input"].granularity == "channel" else 0
         table = TABLE_BYTES if formats["input"].scheme == "table" else 0
-        table += NIBBLE_LEVELS if packed and weight.scheme == "levels" else 0
+        table += LEVELS if packed and weight.scheme == "levels" else 0
         codes = (site.params + 1) // 2 if packed else site.params
         return float(codes + CHANNEL_BYTES * site.out_features + vectors + table)
 

@@ -7,10 +7,10 @@ with f a correction of the prediction by the measurement D, in nats per nat:
     f = m + w (r - m),    r = (D(l) - D(h)) / p,    p = P(l) - P(h),    m = sum of all D(l) - D(h) / sum of all p
 
 w, 0..1, is how far a measurement is believed. Rounding is chaotic: whatever moves, the divergence of a few images
-changes, by 0.015 on DeiT-Tiny at 4 bits, where a bit less of an average variable costs 0.003. That noise s is seen in
-D(h), since a bit more changes least. With the true corrections spread about m by `SPREAD` of it, the least error is
-expected at w = (SPREAD m p)^2 / ((SPREAD m p)^2 + 2 s^2): a sensitive variable is corrected, others keep the
-prediction.
+changes, by 0.015 on DeiT-Tiny at 4 bits, where a bit less of an average variable should cost 0.003 (predicted). That
+noise s is seen in D(h), since a bit more changes least. With the true corrections spread about m by `SPREAD` of it, the
+least error is expected at w = (SPREAD m p)^2 / ((SPREAD m p)^2 + 2 s^2): a sensitive variable is corrected, others keep
+the prediction.
 """
 
 from __future__ import annotations
