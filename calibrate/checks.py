@@ -1,10 +1,11 @@
-"""What a calibration refuses before it measures: devices, images and labels that do not fit."""
+"""What a calibration refuses before it measures: devices, processes, images and labels that do not fit."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lampq_rt.calibrate.recipes import RECIPES, Recipe
 from lampq_rt.errors import BackendError, DataError
 from lampq_rt.simulate import Simulation
 
@@ -24,6 +25,26 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackendError("device 'cuda' was asked for, but PyTorch finds no CUDA GPU on this machine; allowed: cpu")
     return chosen
+
+
+def check_processes(recipe: Recipe, processes: int) -> None:
+    """Pass where the recipe's images may be spread over that many processes.
+
+    Raises:
+        DataError: a part of the recipe sees all images at once.
+    """
+    if processes > 1 and (needs := _whole_sets(recipe)):
+        allowed = ", ".join(name for name in RECIPES.names() if not _whole_sets(RECIPES.get(name)))
+        raise DataError(
+            f"recipe {recipe.name} needs all images in one process ({', '.join(needs)}); {processes} processes came; "
+            f"allowed in several: {allowed}"
+        )
+
+
+def _whole_sets(recipe: Recipe) -> list[str]:
+    """What of the recipe sees all images at once."""
+    parts = {"compensation": recipe.compensate, "training": recipe.schedule.steps, "free widths": recipe.free}
+    return [part for part, there in parts.items() if there]
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ from lampq_rt.calibrate.rounding import rounded
 from lampq_rt.calibrate.spill import Shelf
 from lampq_rt.calibrate.steps import site_params
 from lampq_rt.calibrate.variables import Variable
-from lampq_rt.errors import DataError
 from lampq_rt.formats import INTEGER_BITS, Format
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import Simulation
@@ -52,13 +51,8 @@ def measure(
         nominal: width of all sites.
         variables: what moves.
         compensated: True for the compensated nominal model, False for steps and codes of the table.
-
-    Raises:
-        DataError: the images are spread over several processes.
     """
     m = measurements
-    if m.shard.world > 1:
-        raise DataError("measured sensitivities need all images in one process; allowed under torchrun: recipe lampq")
     beside = sorted({max(nominal - BELOW, INTEGER_BITS[0]), min(nominal + 1, INTEGER_BITS[-1])} - {nominal})
     m.simulation.reset()
     model = _Nominal(m, search, nominal, beside)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lampq_rt.backends import Formats
 from lampq_rt.calibrate import variables
 from lampq_rt.calibrate.allocate import ALLOCATORS
-from lampq_rt.calibrate.checks import check_images, resolve_device
+from lampq_rt.calibrate.checks import check_images, check_processes, resolve_device
 from lampq_rt.calibrate.costs import Budget
 from lampq_rt.calibrate.costs.timed import TimedCosts
 from lampq_rt.calibrate.distributed import SINGLE, Shard
@@ -91,7 +91,7 @@ def make_plan(
         TableError: a budget of latency, and no table that has what it needs.
         UnknownNameError: unknown recipe.
     """
-    RECIPES.get(recipe)  # before the minutes that measuring takes
+    check_processes(RECIPES.get(recipe), shard.world)  # before the minutes that measuring takes
     with reporting(progress) as report:
         calibration = Calibration(
             model,
@@ -195,10 +195,12 @@ class Calibration:
 
         Raises:
             BudgetError: no choice of bits keeps the budget.
+            DataError: the recipe needs all images in one process, and they are shared among several.
             TableError: a budget of latency, and no table that has what it needs.
             UnknownNameError: unknown recipe.
         """
         chosen = RECIPES.get(recipe)
+        check_processes(chosen, self.measurements.shard.world)
         return self._for(chosen.preparation)._plan(budget, chosen)
 
     def _for(self, preparation: Preparation) -> Calibration:

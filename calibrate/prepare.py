@@ -19,7 +19,6 @@ from lampq_rt.calibrate.reconstruct import reconstruct
 from lampq_rt.calibrate.spill import Shelf
 from lampq_rt.calibrate.transforms import TRANSFORMS, Context
 from lampq_rt.edits import differences, edited
-from lampq_rt.errors import DataError
 from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
@@ -83,12 +82,10 @@ def finished(
         material: to train with.
 
     Raises:
-        DataError: the images are spread over several processes, and the recipe compensates; or see `reconstruct`.
+        DataError: see `reconstruct`.
     """
     found, biases, chosen = dict(candidates[0]), dict[str, Tensor](), 0
     if recipe.compensate:
-        if measurements.shard.world > 1:
-            raise DataError(f"recipe {recipe.name} sees all images in one process; allowed under torchrun: lampq")
         found, biases, chosen = _best_compensated(measurements, model, candidates)
     elif model is not original:
         found = {name: _with_codes(measurements, name, params) for name, params in found.items()}

@@ -18,7 +18,6 @@ from lampq_rt.calibrate.metrics.fisher import Fisher
 from lampq_rt.calibrate.metrics.fisher_output import output
 from lampq_rt.calibrate.observe import LinearObservation
 from lampq_rt.calibrate.variables import Variable
-from lampq_rt.errors import DataError
 from lampq_rt.memory import trim
 from lampq_rt.sites import Site
 
@@ -117,8 +116,6 @@ class SearchEvidence:
 
     def _attention(self, table: Table) -> Curves:
         m = self.measurements
-        if m.shard.world > 1:
-            raise DataError("free widths need all images in one process; allowed under torchrun: recipe lampq")
         return attention.errors(
             m.simulation,
             m.images,

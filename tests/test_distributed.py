@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lampq_rt import Plan
+from lampq_rt.calibrate import Budget, make_plan
 from lampq_rt.calibrate.distributed import SINGLE, UNIT, Shard, generator
 from lampq_rt.errors import DataError
 
@@ -94,6 +96,14 @@ def test_a_mistake_in_one_process_ends_both_with_one_line(data, tmp_path):
     few = ("--calib-images", 5)
     codes, errors, _ = calibrate(data, tmp_path / "x.plan", *few, processes=2)
     assert codes == [2, 2] and "5 images are too few for 2 processes" in errors[0]
+
+
+@pytest.mark.parametrize("recipe", ["fast", "lampq+", "lampq+f", "lampq+rec"])
+def test_what_needs_all_images_is_refused_before_anything_is_measured(recipe):
+    images = torch.zeros(8, 3, 16, 16)
+    with pytest.raises(DataError, match=re.escape(f"recipe {recipe} needs all images in one process")) as caught:
+        make_plan(None, images, budget=Budget(mean_bits=4), recipe=recipe, shard=Shard(0, 2))
+    assert "2 processes came; allowed in several: adalog, lampq," in str(caught.value)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
