@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from lampq_rt.sites import Kind
 from lampq_rt.tuning import recorded
 from lampq_rt.weights import quantized_weight, weight_codes
 from tests.plans import VARIANTS, channel_plan, range_plan, tiny_vit
+from tests.round_trips import check_round_trips
 from tests.tracing import exports_with_dynamic_batch, traces_in_one_graph
 
 FC2 = "blocks.1.mlp.fc2"
@@ -154,21 +154,9 @@ def test_ties_and_saturation_in_the_epilogue(
 @pytest.mark.parametrize("variant", ["plain", "layer_scale", "clip", "no_bias"])
 def test_checkpoints_and_plans_keep_the_vectors(variant: str, bits: dict[str, int] | int, tmp_path: Path) -> None:
     model, plan, images = channel_case(bits, **VARIANTS[variant])
-    fast = lampq_rt.compile(model, plan)
-    fast.save(tmp_path / "m.lampq")
-    again = lampq_rt.load(tmp_path / "m.lampq")
-    with torch.inference_mode():
-        assert torch.equal(again(images), fast(images))
-    left, right = fast.state_dict(), again.state_dict()
-    assert list(left) == list(right) and all(torch.equal(left[key], right[key]) for key in left)
-    assert left["model.blocks.1.mlp.fc2.input_offset"].shape == (256,)
-    stored = safetensors.torch.load_file(tmp_path / "m.lampq")
+    fast, stored = check_round_trips(model, plan, images, tmp_path)
+    assert fast.state_dict()["model.blocks.1.mlp.fc2.input_offset"].shape == (256,)
     assert not any("input_" in name for name in stored), "they follow from the plan"
-    again.save(tmp_path / "n.lampq")
-    assert (tmp_path / "m.lampq").read_bytes() == (tmp_path / "n.lampq").read_bytes()
-    plan.save(tmp_path / "a.plan")
-    loaded = Plan.load(tmp_path / "a.plan")
-    assert plan.diff(loaded) == [] and loaded.digest == plan.digest
 
 
 def test_diff_and_inspect_say_it(small: Case) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +36,7 @@ from tests.plans import (
     tiny_vit,
     uneven_levels,
 )
+from tests.round_trips import check_round_trips
 from tests.tracing import exports_with_dynamic_batch, traces_in_one_graph
 
 FC1 = "blocks.1.mlp.fc1"
@@ -153,23 +152,9 @@ def test_with_tables_and_steps_by_channel() -> None:
 
 def test_checkpoints_and_plans_keep_the_levels(small: Case, tmp_path: Path) -> None:
     model, plan, images = small
-    fast = lampq_rt.compile(model, plan)
-    fast.save(tmp_path / "m.lampq")
-    again = lampq_rt.load(tmp_path / "m.lampq")
-    with torch.inference_mode():
-        assert torch.equal(again(images), fast(images))
-    left, right = fast.state_dict(), again.state_dict()
-    assert list(left) == list(right) and all(torch.equal(left[key], right[key]) for key in left)
-    stored = safetensors.torch.load_file(tmp_path / "m.lampq")
+    _, stored = check_round_trips(model, plan, images, tmp_path)
     assert not any(name.startswith("state/") and name.endswith((".levels", ".w_q")) for name in stored)
-    bits = plan.sites[FC1].bits
-    assert stored["codes/model.blocks.1.mlp.fc1".replace("model.", "")].numel() == 256 * 64 * bits // 8
-    again.save(tmp_path / "n.lampq")
-    assert (tmp_path / "m.lampq").read_bytes() == (tmp_path / "n.lampq").read_bytes()
-    plan.save(tmp_path / "a.plan")
-    loaded = Plan.load(tmp_path / "a.plan")
-    assert plan.diff(loaded) == [] and loaded.digest == plan.digest
-    assert torch.equal(copy.deepcopy(fast)(images), fast(images))
+    assert stored["codes/blocks.1.mlp.fc1"].numel() == 256 * 64 * plan.sites[FC1].bits // 8
 
 
 def test_levels_matter_and_a_changed_one_is_seen(small: Case) -> None:

@@ -36,7 +36,8 @@ class Together:
             wanted, targets = wanted.float(), [target.float() for target in targets]
             found, outputs = stream.outputs(course.quantised, part[0])
             total = course.answers * answers_divergence(found, wanted)
-            for block, (y_hat, y) in enumerate(zip(outputs, targets, strict=True)):
+            pairs = zip(outputs, targets, strict=True) if course.blocks else ()
+            for block, (y_hat, y) in enumerate(pairs):
                 total = total + course.blocks / len(targets) * course.error(block, y_hat, y)
             return total
 
