@@ -31,7 +31,8 @@ from lampq_rt.sites import Site
 from lampq_rt.weights import nearest_weight, quantized_weight
 
 EXPONENTS = (0.0, 0.25, 0.5)
-"""Of a channel's largest magnitude in its spread."""
+"""Of a channel's largest magnitude in its spread. Steeper ones leave less error on the images that are seen, and less
+room for what others bring (docs/calibration.md)."""
 
 ENOUGH = 0.5
 """A spread must bring the error below this share of the error without: the rows it is measured on are a sample, and the
