@@ -39,8 +39,17 @@ BASE = "fast"
 CALIBRATION = 32
 HELD_OUT = 200
 
+ANSWERS = {"blocks": 0.0, "answers": 1.0, "edge": 0.0}
+"""The divergence of the answers alone, codes from the middle."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "before": {"steps": 0},
+    "answers alone": ANSWERS,
+    "answers alone, kept": {**ANSWERS, "rounding": "kept"},
+    "answers alone, at lower rates (lampq+rec)": {**ANSWERS, "codes": 0.003, "factors": 5e-4, "rest": 1e-4},
+    "answers alone, at lower rates, fast codes": {**ANSWERS, "codes": 0.01, "factors": 5e-4, "rest": 1e-4},
+    "together, mse, kept": {"rounding": "kept"},
+    "together, tokens, kept": {"objective": "tokens", "rounding": "kept"},
     "together, mse": {},
     "together, aph": {"objective": "aph"},
     "together, fisher": {"objective": "fisher"},

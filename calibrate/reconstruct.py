@@ -87,6 +87,10 @@ class Schedule:
         if self.order not in objective.orders:
             allowed = ", ".join(objective.orders)
             raise ValueError(f"objective {self.objective!r}, order {self.order!r}: {objective.why}; allowed: {allowed}")
+        if self.blocks < 0.0 or self.answers < 0.0 or self.blocks + self.answers == 0.0:
+            raise ValueError(f"blocks {self.blocks}, answers {self.answers}; allowed: 0 or more, not both 0")
+        if self.order == "blocks" and not self.blocks:
+            raise ValueError("blocks 0.0 in order 'blocks': a block would have nothing to learn; allowed: more than 0")
         if not 0.0 <= self.drop < 1.0:
             raise ValueError(f"drop {self.drop}; allowed: 0 or more, less than 1")
         if self.statistics < 1:

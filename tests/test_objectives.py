@@ -210,6 +210,10 @@ def test_what_makes_no_sense_together_is_answered_in_one_line() -> None:
             Schedule(drop=drop)
     with pytest.raises(ValueError, match="allowed: 1 or more"):
         Schedule(statistics=0)
+    with pytest.raises(ValueError, match="allowed: 0 or more, not both 0"):
+        Schedule(blocks=0.0, answers=0.0)
+    with pytest.raises(ValueError, match="order 'blocks': .*; allowed: more than 0"):
+        Schedule(blocks=0.0, order="blocks")
 
 
 def test_every_objective_names_orders_that_exist() -> None:

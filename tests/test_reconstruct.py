@@ -96,24 +96,25 @@ def test_the_step_of_an_input_has_the_gradient_of_lsq(model: nn.Module, plan: Pl
     torch.testing.assert_close(linear.log_input_step.grad, wanted.detach(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, replace(SCHEDULE, blocks=0.0, answers=1.0, edge=0.0)])
 def test_training_brings_the_model_nearer_on_images_it_has_not_seen(
-    model: nn.Module, plan: Plan, images: Tensor
+    model: nn.Module, plan: Plan, images: Tensor, schedule: Schedule
 ) -> None:
     seen, others = images[:32], images[32:]
     with torch.no_grad():
         exact = model(others)
         before = float(kl_divergence(exact, start(model, plan)(others)).mean())
-        sites, parameters = reconstruct_now(model, plan, seen)
+        sites, parameters = reconstruct_now(model, plan, seen, schedule=schedule)
         after = Simulation(edited(model, parameters))
         after.set({**plan.sites, **sites})
         assert float(kl_divergence(exact, after(others)).mean()) < 0.8 * before
 
 
 def reconstruct_now(
-    model: nn.Module, plan: Plan, images: Tensor, resume: Path | None = None
+    model: nn.Module, plan: Plan, images: Tensor, resume: Path | None = None, schedule: Schedule = SCHEDULE
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
     with torch.enable_grad():
-        return reconstruct(model, start(model, plan), images, SCHEDULE, resume=resume)
+        return reconstruct(model, start(model, plan), images, schedule, resume=resume)
 
 
 def test_a_training_that_was_stopped_goes_on(
