@@ -85,7 +85,7 @@ def frontier(
     sweep = sweeps.Sweep(out, bench.setting)
     _fill(bench, sweep, wanted, latency)
     points = sweeps.ordered(sweep.points[key] for key in wanted)
-    found = [v for v in sweeps.verdicts(sweep) if ("uniform", v.bits) in wanted]
+    found = [v for v in sweeps.verdicts(sweep, _baselines(wanted)) if (v.baseline, v.bits) in wanted]
     _write(output, sweep, points, model, chosen, f"{device}, batch {batch}")
     output.show(_table(points, model), *_conclusions(found), f"\n{out} written.")
     output.facts(
@@ -120,6 +120,14 @@ def _wanted(output: Output, mean_bits: str, recipes: str) -> list[tuple[str, flo
     if not found:
         raise DataError("nothing to do: --recipes names none, or only uniform bits with fractional budgets")
     return sorted(found, key=lambda key: (key[0] != "uniform", key[1]))
+
+
+def _baselines(wanted: Iterable[tuple[str, float]]) -> list[str]:
+    """Recipes of the same bits everywhere, which others are compared with; `uniform` first."""
+    from lampq_rt.calibrate import RECIPES
+
+    recipes = dict.fromkeys(recipe for recipe, _ in wanted)
+    return [recipe for recipe in recipes if RECIPES.get(recipe).allocator == "uniform"]
 
 
 @dataclass
@@ -299,9 +307,9 @@ def _table(points: Sequence[Point], model: str) -> Group:
 
 
 def _conclusions(found: Sequence[Verdict]) -> list[str]:
-    """One line a comparison with uniform bits."""
+    """One line a comparison with the same bits everywhere."""
     return [
-        f"{v.recipe} at {v.bits:g} bits or fewer against uniform: KL {v.kl:.4f} against {v.uniform_kl:.4f}, "
+        f"{v.recipe} at {v.bits:g} bits or fewer against {v.baseline}: KL {v.kl:.4f} against {v.baseline_kl:.4f}, "
         f"difference {v.difference:+.4f} ± {v.error:.4f}: {v.text}"
         for v in found
     ]

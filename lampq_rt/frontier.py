@@ -205,19 +205,21 @@ def standard_error(values: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A uniform point beside the best point of a recipe under the same budget or a smaller one.
+    """A point of the baseline beside the best point of a recipe under the same budget or a smaller one.
 
     Attributes:
         recipe: whose point is compared.
-        bits: mean bits of the uniform point.
-        uniform_kl, kl: nats.
-        difference: `kl` - `uniform_kl`, mean over the images; negative is good.
+        baseline: the recipe that it is compared with.
+        bits: mean bits of the baseline's point.
+        baseline_kl, kl: nats.
+        difference: `kl` - `baseline_kl`, mean over the images; negative is good.
         error: standard error of that paired difference.
     """
 
     recipe: str
+    baseline: str
     bits: float
-    uniform_kl: float
+    baseline_kl: float
     kl: float
     difference: float
     error: float
@@ -232,21 +234,24 @@ class Verdict:
         return "better" if self.difference < 0.0 else "worse"
 
 
-def verdicts(sweep: Sweep, baseline: str = "uniform") -> list[Verdict]:
-    """Every uniform point against each other recipe, by KL."""
-    every = list(sweep.points.values())
-    found = []
-    for base in sorted((p for p in every if p.recipe == baseline), key=lambda p: p.asked_bits):
-        for recipe in dict.fromkeys(p.recipe for p in every if p.recipe != baseline):
-            rivals = [p for p in every if p.recipe == recipe and p.asked_bits <= base.asked_bits]
-            if not rivals:
-                continue
-            best = min(rivals, key=lambda p: p.kl)
-            change = sweep.kl(best) - sweep.kl(base)
-            found.append(
-                Verdict(recipe, base.asked_bits, base.kl, best.kl, float(change.mean()), standard_error(change))
-            )
+def verdicts(sweep: Sweep, baselines: Sequence[str] = ("uniform",)) -> list[Verdict]:
+    """Every point of each baseline against each recipe that is no baseline, or one further behind, by KL."""
+    every, found = list(sweep.points.values()), list[Verdict]()
+    recipes = dict.fromkeys(p.recipe for p in every)
+    for number, baseline in enumerate(baselines, 1):
+        for base in sorted((p for p in every if p.recipe == baseline), key=lambda p: p.asked_bits):
+            for recipe in (r for r in recipes if r not in baselines[:number]):
+                rivals = [p for p in every if p.recipe == recipe and p.asked_bits <= base.asked_bits]
+                if rivals:
+                    found.append(_verdict(sweep, base, min(rivals, key=lambda p: p.kl)))
     return found
+
+
+def _verdict(sweep: Sweep, base: Point, best: Point) -> Verdict:
+    change = sweep.kl(best) - sweep.kl(base)
+    return Verdict(
+        best.recipe, base.recipe, base.asked_bits, base.kl, best.kl, float(change.mean()), standard_error(change)
+    )
 
 
 def table(points: Iterable[Point]) -> str:

@@ -164,6 +164,8 @@ def test_verdicts_are_paired(tmp_path):
         ("lampq", 4): "within noise",
         ("paper", 4): "worse",
     }
+    against = [(v.baseline, v.recipe, v.bits) for v in verdicts(sweep, ("uniform", "lampq"))]
+    assert against == [("uniform", *key) for key in found] + [("lampq", "paper", 4)]
     assert found["lampq", 3].difference == pytest.approx(-0.1) and found["lampq", 3].error < 0.01
     again = Sweep(tmp_path / "sweep", {"model": "m"})
     assert again.points == sweep.points
