@@ -213,6 +213,7 @@ class _Linear:
         mean = _Sum()
         for rows, worth in self._parts(self.x, self.worth):
             mean.add(worth @ rows)
+            del rows
         self.x.clear()
         params = site_params(self.site, params.formats, self._sample(), self.weight, search)
         trim()

@@ -8,7 +8,7 @@ differs from layer to layer and width to width, so each is tried, and the least 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from lampq_rt.calibrate.search import RangeSearch, Steps, weight_steps
 from lampq_rt.calibrate.search.base import LinearSolver
 from lampq_rt.calibrate.search.families import FAMILIES
 from lampq_rt.calibrate.search.output_error import row_worth
-from lampq_rt.calibrate.search.table import code_histogram
+from lampq_rt.calibrate.search.table import CODES, HISTOGRAM_BLOCK, code_histogram
 from lampq_rt.formats import Format
 from lampq_rt.inputs import quantized_input
 from lampq_rt.plan import SiteParams
@@ -62,6 +62,7 @@ class LinearSteps:
         by_channel: True for a step a channel of the input.
         rounding: "nearest" or "gptq".
         family: of levels, where the input has a table.
+        keep: True where several widths follow; else a view goes when the next comes, and its rows with it.
     """
 
     def __init__(
@@ -72,18 +73,17 @@ class LinearSteps:
         by_channel: bool,
         rounding: str,
         family: str = "optimal",
+        keep: bool = True,
     ) -> None:
-        self.seen, self.weight, self.rounding = seen, weight, rounding
+        self.search, self.seen, self.weight, self.rounding, self.keep = search, seen, weight, rounding, keep
         self.levels = FAMILIES.get(family)
         self.worth = row_worth(seen, weight)
-        if by_channel:
-            self.views = [_view(search, seen, weight, exponent) for exponent in EXPONENTS]
-        else:
-            self.views = [_View(None, seen, weight, search.linear(seen, weight))]
+        self.exponents: tuple[float | None, ...] = EXPONENTS if by_channel else (None,)
+        self.views: dict[float | None, _View] = {}
 
     def __call__(self, site: Site, formats: Mapping[str, Format]) -> dict[str, Tensor]:
         """Tensors of the site in these formats, as `SiteParams` names them, on the CPU."""
-        found = [self._tensors(view, formats) for view in self.views]
+        found = [self._tensors(self._view(exponent), formats) for exponent in self.exponents]
         if len(found) > 1:
             errors = [self._error(SiteParams(site.kind, formats, tensors)) for tensors in found]
             best = min(range(len(found)), key=errors.__getitem__)
@@ -97,6 +97,18 @@ class LinearSteps:
             codes = gptq(weight, scale, moment, formats["weight"].bits, levels)
             tensors = {**tensors, "weight.codes": codes}
         return {key: tensor.cpu() for key, tensor in tensors.items()}
+
+    def _view(self, exponent: float | None) -> _View:
+        """The linear with its input's channels evened out with that exponent; None: with one step for all."""
+        if exponent in self.views:
+            return self.views[exponent]
+        if exponent is None:
+            view = _View(None, self.seen, self.weight, self.search.linear(self.seen, self.weight))
+        else:
+            view = _evened(self.search, self.seen, self.weight, exponent)
+        if self.keep:
+            self.views[exponent] = view
+        return view
 
     def _tensors(self, view: _View, formats: Mapping[str, Format]) -> dict[str, Tensor]:
         tensors, wanted = weight_steps(view.weight, formats["weight"]), formats["input"]
@@ -117,17 +129,27 @@ class LinearSteps:
         return tensors
 
     def _table(self, view: _View, steps: Steps, weight_hat: Tensor, bits: int) -> Tensor:
-        codes = QUANTIZERS.get("uniform").quantize(view.seen.rows, steps.scale, steps.zero_point, GRID_BITS)
-        zero = 0 if steps.zero_point is None else int(steps.zero_point)
-        return self.levels(code_histogram(codes, self.worth, weight_hat.square().sum(0)), zero, bits)
+        histogram, columns = torch.zeros(CODES, dtype=torch.float64), weight_hat.square().sum(0)
+        for rows, worth in self._parts(view.seen):
+            codes = QUANTIZERS.get("uniform").quantize(rows, steps.scale, steps.zero_point, GRID_BITS)
+            histogram += code_histogram(codes, worth, columns)
+        return self.levels(histogram, 0 if steps.zero_point is None else int(steps.zero_point), bits)
 
     def _error(self, params: SiteParams) -> float:
         """Squared error of the layer's output, rows counting what they are worth."""
-        y = quantized_input(self.seen.rows, params) @ quantized_weight(self.weight, params).t()
-        return float(((y - self.seen.rows @ self.weight.t()).square().sum(1) * self.worth).sum())
+        weight_hat, total = quantized_weight(self.weight, params), 0.0
+        for rows, worth in self._parts(self.seen):
+            error = quantized_input(rows, params) @ weight_hat.t() - rows @ self.weight.t()
+            total += float((error.square_().sum(1) * worth).sum())
+        return total
+
+    def _parts(self, seen: LinearObservation) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows and what they count, some at a time: quantising makes four arrays of their size."""
+        size = max(1, HISTOGRAM_BLOCK // seen.rows.shape[1])
+        return zip(seen.rows.split(size), self.worth.split(size), strict=True)
 
 
-def _view(search: RangeSearch, seen: LinearObservation, weight: Tensor, exponent: float) -> _View:
+def _evened(search: RangeSearch, seen: LinearObservation, weight: Tensor, exponent: float) -> _View:
     peaks = seen.peaks
     spread = peaks.abs().amax(0) ** exponent
     spread = spread.clamp_min(SMALLEST * float(spread.max()) + 1e-30)

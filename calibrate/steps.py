@@ -55,7 +55,7 @@ def site_params(
         UnknownNameError: no search, or no family of levels, has that name.
         DataError: the weight holds a NaN or infinity.
     """
-    return _fill(site, formats, _solver(site, observation, weight, search, rounding, family))
+    return _fill(site, formats, _solver(site, observation, weight, search, rounding, family, keep=False))
 
 
 def step_table(
@@ -114,9 +114,15 @@ def _fill(site: Site, formats: Mapping[str, Format], solver: _Solver) -> SitePar
 
 @torch.no_grad()
 def _solver(
-    site: Site, observation: Observation, weight: Tensor | None, search: str, rounding: str, family: str
+    site: Site,
+    observation: Observation,
+    weight: Tensor | None,
+    search: str,
+    rounding: str,
+    family: str,
+    keep: bool = True,
 ) -> _Solver:
-    """What the search prepares once for all widths of a site."""
+    """What the search prepares once for all widths of a site; see `LinearSteps` for `keep`."""
     chosen = SEARCHES.get(search)
     if site.kind is Kind.QK:
         assert isinstance(observation, QKObservation), site.name
@@ -135,7 +141,8 @@ def _solver(
     def solve(formats: Mapping[str, Format]) -> dict[str, Tensor]:
         granularity = formats["input"].granularity
         if granularity not in solvers:
-            solvers[granularity] = LinearSteps(chosen, observation, rows, granularity == "channel", rounding, family)
+            by_channel = granularity == "channel"
+            solvers[granularity] = LinearSteps(chosen, observation, rows, by_channel, rounding, family, keep)
         return solvers[granularity](site, formats)
 
     return solve
