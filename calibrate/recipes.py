@@ -217,7 +217,7 @@ for _recipe in (
         "uniform",
         False,
         False,
-        "rewrites, tables and compensated errors, the same bits everywhere: the quickest of these",
+        "rewrites, tables and compensated errors, the same bits everywhere",
         STRONG,
         compensate=True,
     ),
