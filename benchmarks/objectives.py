@@ -39,15 +39,18 @@ BASE = "fast"
 CALIBRATION = 32
 HELD_OUT = 200
 
-ANSWERS = {"blocks": 0.0, "answers": 1.0, "edge": 0.0}
+OURS = {key: value for key, value in RECIPES.get("lampq+rec").schedule.facts().items() if key != "steps"}
+"""What `lampq+rec` trains with."""
+
+ANSWERS: dict[str, Any] = {"blocks": 0.0, "answers": 1.0, "edge": 0.0}
 """The divergence of the answers alone, codes from the middle."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "before": {"steps": 0},
     "answers alone": ANSWERS,
     "answers alone, kept": {**ANSWERS, "rounding": "kept"},
-    "answers alone, at lower rates (lampq+rec)": {**ANSWERS, "codes": 0.003, "factors": 5e-4, "rest": 1e-4},
-    "answers alone, at lower rates, fast codes": {**ANSWERS, "codes": 0.01, "factors": 5e-4, "rest": 1e-4},
+    "answers alone, at lower rates (lampq+rec)": OURS,
+    "answers alone, at lower rates, fast codes": {**OURS, "codes": 0.01},
     "together, mse, kept": {"rounding": "kept"},
     "together, tokens, kept": {"objective": "tokens", "rounding": "kept"},
     "together, mse": {},

@@ -101,8 +101,8 @@ FREE_PENALTIES = ("fisher-output", "fisher-context", "measured")
 """Penalties that tell the operands of a site apart."""
 
 TRAINING = Schedule(steps=300, codes=0.003, factors=5e-4, rest=1e-4, blocks=0.0, answers=1.0, edge=0.0)
-"""Of `lampq+rec`: towards the answers alone, which won every comparison with errors of blocks, at rates that others
-than the images trained on gain from (docs/calibration.md)."""
+"""Of `lampq+rec`: towards the answers alone, which at the same rates won over errors of blocks, and so slowly that
+others than the images trained on gain (docs/calibration.md)."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ for _recipe in (
         "milp",
         True,
         False,
-        "lampq+, then steps, norms and biases of all blocks learn from images: minutes, resumable",
+        "lampq+, then weights, steps, norms and biases learn from images: minutes, resumable",
         STRONG,
         compensate=True,
         schedule=TRAINING,

@@ -17,7 +17,7 @@ from lampq_rt.quantizers.table import ENTRIES
 CODES = ENTRIES
 
 HISTOGRAM_BLOCK = 1 << 18
-"""Codes counted at once; each takes 24 bytes meanwhile."""
+"""Codes that are best counted at once: each takes 24 bytes meanwhile."""
 
 
 def best_table(histogram: Tensor, bits: int) -> Tensor:
@@ -57,10 +57,6 @@ def code_histogram(codes: Tensor, row_worth: Tensor, column_worth: Tensor) -> Te
         row_worth: [R].
         column_worth: [K].
     """
-    found = torch.zeros(CODES, dtype=torch.float64)
-    rows, columns = row_worth.double().cpu(), column_worth.double().cpu()
-    size = max(1, HISTOGRAM_BLOCK // codes.shape[1])
-    for part, worth in zip(codes.split(size), rows.split(size), strict=True):
-        bins = (part.long() + CODES // 2).flatten().cpu()
-        found += torch.bincount(bins, torch.outer(worth, columns).flatten(), CODES)
-    return found
+    bins = (codes.long() + CODES // 2).flatten().cpu()
+    worth = torch.outer(row_worth.double().cpu(), column_worth.double().cpu())
+    return torch.bincount(bins, worth.flatten(), CODES)
