@@ -45,7 +45,6 @@ def steps() -> Iterator[tuple[str, Recipe]]:
         ("+ GPTQ, site by site", {"rounding": "gptq"}),
         (compensate, {}),
         ("+ levels of weights", {"weights": "levels"}),
-        ("+ steps by channel before fc2", {"fc2_input": "channel"}),
     ]
     labels = [label for label, _ in changes]
     for number, (label, change) in enumerate(changes):

@@ -33,7 +33,7 @@ from lampq_rt.bench import machine
 from lampq_rt.calibrate import Budget, calibrate
 from lampq_rt.calibrate.allocate import ALLOCATORS, Problem
 from lampq_rt.calibrate.metrics import PENALTIES
-from lampq_rt.memory import PeakMemory
+from lampq_rt.memory import PeakMemory, return_memory
 from lampq_rt.models import load_model, weight_bytes
 
 ROWS = Path(__file__).parent / "results" / "calibration_cost.jsonl"
@@ -78,6 +78,7 @@ def main(
 
 def cost(name: str, count: int, plans: bool, brief: bool) -> dict[str, Any]:
     """Calibrate in this process, stage by stage."""
+    return_memory()  # as the command does
     memory = PeakMemory(torch.device("cpu"))
     libraries = _libraries(memory)
     stages: list[dict[str, Any]] = []

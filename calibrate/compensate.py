@@ -14,7 +14,8 @@ output: the errors gathered before it look like noise to it, against which least
 and twelve blocks of shrunken outputs are worse than the noise (tried: KL 0.9 instead of 0.5 on DeiT-Tiny at 4 bits).
 
 Of a site's inputs those of 32 images are held at a time; more wait on disk, and moments are summed. Between sites
-only the two residual streams stay.
+only the two residual streams stay. An output's error is never formed: with x_hat and delta = x - x_hat in units of the
+columns, all that 1. needs is M = cov(x_hat, x_hat) and cov(delta, x_hat), for dW = W cov(delta, x_hat) (M + lambda)^-1.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lampq_rt import channels
@@ -95,7 +95,7 @@ def compensate(
         quantised: of the same model, sharing no module with `exact`; left set to the result, with its biases.
         images: fp32 [n, C, H, W], normalised, on the simulations' device.
         sites: formats, in order of execution; steps are chosen anew.
-        prefix_shares: what the prefix tokens of a linear count beside all of its rows, 0..1 (`Fisher.prefix`); by
+        prefix_shares: what the prefix tokens of a linear count beside all of its rows, 0..1 (`prefix_shares`); by
             default `PREFIX_SHARE`.
         search: name of the range search.
         seed: of the rows drawn.
@@ -184,22 +184,20 @@ class _Prefix:
 
 
 class _Linear:
-    """One linear with its inputs in both models, [R, K] by batches of images, and what every row counts."""
+    """One linear with its input in the quantised model, [R, K] by batches of images, and what every row counts."""
 
     def __init__(self, site: Site, linear: nn.Module, walk: _Walk, prefix: _Prefix, seed: int) -> None:
         assert isinstance(linear, (nn.Linear, nn.Conv2d))
-        self.site, self.seed = site, seed
+        self.site, self.linear, self.seed = site, linear, seed
         self.weight, self.bias = linear.weight.detach().flatten(1), linear.bias
         self.share: Tensor | None = None
-        self.x, self.x_hat = Batches(), Batches()
+        self.walk, self.inputs = walk, Batches()
         tokens, images, energies = 0, len(walk.images), []
-        for x in _together(walk.inputs(site, 0)):
+        for x in _together(walk.inputs(site, 1)):
             tokens = x.shape[1] if site.block is not None and x.ndim == 3 else 0
             rows = _rows(x, linear)
-            self.x.append(rows, whole=len(x) == images)
+            self.inputs.append(rows, whole=len(x) == images)
             energies.append(row_energy(rows, self.weight))
-        for x in _together(walk.inputs(site, 1)):
-            self.x_hat.append(_rows(x, linear), whole=len(x) == images)
         energy = torch.cat(energies)
         if 0 < prefix.tokens < tokens:
             self.share = prefix.shares(tokens, images, energy)
@@ -210,50 +208,57 @@ class _Linear:
         self, params: SiteParams, search: str, rounded: Rounded | None = None
     ) -> tuple[SiteParams, Tensor | None]:
         """Steps and codes, and the new bias where the linear has one."""
-        mean = _Sum()
-        for rows, worth in self._parts(self.x, self.worth):
-            mean.add(worth @ rows)
-            del rows
-        self.x.clear()
+        mean = self._exact_mean()
         params = site_params(self.site, params.formats, self._sample(), self.weight, search)
         trim()
-        weight, moment, mean_hat = self._regressed(channels.scaled_weight(self.weight, params), params)
-        self.x_hat.clear()
+        weight = channels.scaled_weight(self.weight, params)
+        moment, cross, mean_hat = self._moments(params, weight)
+        self.inputs.clear()
         trim()
+        weight = weight + _regression(moment, cross)
         found = rounded_weight(weight, params.formats["weight"], moment)
         params = replace(params, tensors={**params.tensors, **{key: tensor.cpu() for key, tensor in found.items()}})
         bias = None
         if self.bias is not None:
             weight_hat = values(found["weight.codes"], params) * found["weight.scale"][:, None]
-            missing = mean.total @ self.weight.t() - mean_hat @ weight_hat.t()
+            missing = mean @ self.weight.t() - mean_hat @ weight_hat.t()
             bias = (self.bias.detach() + missing).float()
         if rounded is not None:
             rounded(self.site, params, weight, moment)
         return params, bias
 
-    def _regressed(self, weight: Tensor, params: SiteParams) -> tuple[Tensor, Tensor, Tensor]:
-        """What becomes of `weight` [N, K], which reads the quantised rows; their second moment [K, K] and mean [K]."""
+    def _exact_mean(self) -> Tensor:
+        """fp32 [K]: mean of the input in the floating-point model, rows counting what they are worth."""
+        mean, start = _Sum(), 0
+        for x in _together(self.walk.inputs(self.site, 0)):
+            rows = _rows(x, self.linear)
+            mean.add(self.worth[start : start + len(rows)] @ rows)
+            start += len(rows)
+        return mean.total
 
-        def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
-            x = channels.scaled_input(quantized_input(rows, params), params)
-            return x, F.linear(rows, self.weight) - F.linear(x, weight)
+    def _moments(self, params: SiteParams, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """cov(x_hat, x_hat), fp32 [K, K], `weight` [N, K] times cov(delta, x_hat), and the mean of x_hat, [K].
 
-        share = self.worth / self.worth.sum()
-        mean, centre, mean_error, moment, cross = (_Sum() for _ in range(5))
-        for rows, worth, part in self._parts(self.x_hat, self.worth, share):
-            x, error = quantised(rows)
+        Sums are about a centre near the mean, so that little cancels.
+        """
+        centre: Tensor | None = None
+        mean, mean_lost, moment, cross = (_Sum() for _ in range(4))
+        for rows, worth in self._parts(self.inputs, self.worth):
+            x = quantized_input(rows, params)
+            lost = channels.scaled_input(rows - x, params)
+            x = channels.scaled_input(x, params)
+            centre = worth @ x / worth.sum() if centre is None else centre
+            x = x - centre
             mean.add(worth @ x)
-            centre.add(part @ x)
-            mean_error.add(worth @ error)
-        for rows, worth, part in self._parts(self.x_hat, self.worth, share):
-            x, error = quantised(rows)
-            cross.add(((error - mean_error.total) * worth[:, None]).t() @ x)
-            x = x - centre.total
-            moment.add(x.t() @ (x * part[:, None]))
-        damped = moment.total.double()
-        damped.diagonal().add_((RIDGE * moment.total.diagonal().mean().double()).clamp_min(1e-12))
-        change = torch.linalg.solve(damped, cross.total.double().t()).t().float()
-        return weight + change, moment.total, mean.total
+            mean_lost.add(worth @ lost)
+            weighed = x * worth[:, None]
+            moment.add(x.t() @ weighed)
+            cross.add(lost.t() @ weighed)
+            del rows, x, lost, weighed  # before the next ones are made
+        assert centre is not None
+        moment.add(-torch.outer(mean.total, mean.total))
+        cross.add(-torch.outer(mean_lost.total, mean.total))
+        return moment.total, weight @ cross.total, mean.total + centre
 
     @staticmethod
     def _parts(batches: Batches, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -266,7 +271,7 @@ class _Linear:
     def _sample(self) -> LinearObservation:
         """Rows drawn at random and those of largest magnitude, with exact ranges."""
         source = torch.Generator().manual_seed(self.seed)
-        tops = torch.cat([rows.abs().amax(1) for rows in self.x_hat])
+        tops = torch.cat([rows.abs().amax(1) for rows in self.inputs])
         drawn = torch.randperm(len(tops), generator=source)[:ROWS].sort().values.to(tops.device)
         extreme = tops.topk(min(EXTREMES, len(tops))).indices
         share = tops.new_ones(len(drawn)) if self.share is None else self.share[drawn]
@@ -275,12 +280,19 @@ class _Linear:
         chosen = torch.cat((drawn, extreme))
         places = torch.arange(len(tops), device=tops.device)
         sample, peaks = tops.new_empty(len(chosen), self.weight.shape[1]), list[Tensor]()
-        for rows, numbers in self._parts(self.x_hat, places):
+        for rows, numbers in self._parts(self.inputs, places):
             here = (chosen >= numbers[0]) & (chosen <= numbers[-1])
             sample[here] = rows[chosen[here] - numbers[0]]
             peaks.append(torch.stack(rows.aminmax(dim=0)))
         ends = torch.stack((torch.stack(peaks)[:, 0].amin(0), torch.stack(peaks)[:, 1].amax(0)))
         return LinearObservation(sample, float(ends[0].min()), float(ends[1].max()), share / share.mean(), ends)
+
+
+def _regression(moment: Tensor, cross: Tensor) -> Tensor:
+    """dW fp32 [N, K] of M [K, K] and W cov(delta, x_hat) [N, K] (see the module's text)."""
+    damped = moment.double()
+    damped.diagonal().add_((RIDGE * moment.diagonal().mean().double()).clamp_min(1e-12))
+    return torch.linalg.solve(damped, cross.double().t()).t().float()
 
 
 class _Sum:

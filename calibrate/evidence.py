@@ -17,6 +17,7 @@ from lampq_rt.calibrate.metrics import fisher
 from lampq_rt.calibrate.metrics.base import Table
 from lampq_rt.calibrate.metrics.fisher import Fisher
 from lampq_rt.calibrate.observe import Observation, observe
+from lampq_rt.calibrate.prefix import prefix_shares
 from lampq_rt.calibrate.progress import Report
 from lampq_rt.calibrate.recipes import PLAIN, Preparation
 from lampq_rt.calibrate.spill import Lazy, Shelf
@@ -129,11 +130,26 @@ class Measurements:
             self.images,
             names,
             blocks=self.blocks,
-            prefix=getattr(self.simulation.model, "num_prefix_tokens", 0),
             labels=self.labels,
             seed=self.seed,
             progress=lambda d, n: self.report("Fisher information", d, n),
             shard=self.shard,
+        )
+
+    @cached_property
+    def prefix_shares(self) -> Mapping[str, float]:
+        """By linear of the blocks, what the prefix tokens have of the squared gradients; of this process's images."""
+        self.simulation.reset()
+        model = self.simulation.model
+        return prefix_shares(
+            model,
+            self.images.to(next(model.parameters()).device),
+            [site.name for site in self.linears],
+            prefix=getattr(model, "num_prefix_tokens", 0),
+            blocks=self.blocks,
+            labels=self.labels,
+            seed=self.seed,
+            progress=lambda d, n: self.report("what the class token counts", d, n),
         )
 
     @cached_property

@@ -125,7 +125,7 @@ class _Nominal:
             quantised,
             m.images.to(next(m.simulation.parameters()).device),
             nominal,
-            prefix_shares={site.name: m.fisher[site.name].prefix for site in m.linears},
+            prefix_shares=m.prefix_shares,
             search=self.search,
             seed=m.seed,
             progress=lambda done, total: m.report(f"compensating errors at {self.nominal} bits", done, total),

@@ -79,7 +79,6 @@ PLAIN = Preparation()
 STRONG = Preparation(
     ("rotate-residual", "rotate-heads", "balance-norms"),
     softmax="cubic",
-    fc2_input="channel",
     scheme="table",
     rounding="gptq",
     weights="levels",

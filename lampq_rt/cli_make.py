@@ -89,6 +89,7 @@ def calibrate(
     from lampq_rt import images as pictures
     from lampq_rt.calibrate import RECIPES, Budget, Material, distributed, make_plan
     from lampq_rt.errors import BudgetError
+    from lampq_rt.memory import return_memory
     from lampq_rt.models import check_name, classes, load_model
 
     shard = distributed.current()  # of its own, unless it was started as python -m lampq_rt.calibrate by torchrun
@@ -117,6 +118,8 @@ def calibrate(
     if training:
         drawn = pictures.choose(files, train_images, seed)
         material = replace(material, images=pictures.load_images(drawn, pictures.preprocessing(model)))
+    else:  # a training makes the same large blocks again in every step
+        return_memory()
     started = time.perf_counter()
     plan = make_plan(
         network,

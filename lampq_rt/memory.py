@@ -27,13 +27,31 @@ def keep_memory() -> bool:
     Returns:
         False where the C library is not glibc or refuses.
     """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names and numbers from malloc.h
+    return _mallopt(_TRIM_THRESHOLD, 2**31 - 1) and _mallopt(_TOP_PAD, 64 << 20) and _mallopt(_MMAP_THRESHOLD, 32 << 20)
+
+
+def return_memory() -> bool:
+    """Tell glibc to hand every block of some MB back when it is freed. For the command line: it changes the process.
+
+    By default glibc learns from the first large block that is freed to keep later ones of that size, and a calibration,
+    whose large blocks are all of different sizes, fills its heap with holes: half as much memory again.
+
+    Returns:
+        False where the C library is not glibc or refuses.
+    """
+    return _mallopt(_MMAP_THRESHOLD, 2 << 20)
+
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+"""Names and numbers from malloc.h."""
+
+
+def _mallopt(option: int, value: int) -> bool:
+    """Set an option of glibc's allocator."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return bool(ctypes.CDLL(None).mallopt(option, value) == 1)
     except (AttributeError, OSError, TypeError):
         return False
-    settings = ((trim_threshold, 2**31 - 1), (top_pad, 64 << 20), (mmap_threshold, 32 << 20))
-    return all(mallopt(option, value) == 1 for option, value in settings)
 
 
 def forget() -> None:

@@ -104,23 +104,6 @@ def test_sampled_rows_estimate_the_sum_over_all_rows() -> None:
         torch.testing.assert_close((few.weights.sum(1)[:, None] * few.rows.square()).sum(), gram, rtol=0.1, atol=0)
 
 
-def test_the_prefix_tokens_share_of_the_gradient() -> None:
-    """In the last block only the class token is read; a first block feeds all; and it is autograd's own share."""
-    model = build()
-    image, label = torch.randn(1, 3, 32, 32), torch.tensor([3])
-    names = linears(model)
-    found = fisher.score(model, image, names, labels=label, prefix=1)
-    outputs: dict[str, torch.Tensor] = {}
-    for name in names:
-        model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: outputs.__setitem__(name, o))
-    loss = F.cross_entropy(model(image), label)
-    for name, gradient in zip(names, torch.autograd.grad(loss, [outputs[name] for name in names]), strict=True):
-        energy = gradient[0].double().square().sum(-1)
-        assert found[name].prefix == pytest.approx(float(energy[0] / energy.sum()), rel=1e-4)
-    assert found[names[-1]].prefix == pytest.approx(1.0) and 0.0 < found[names[0]].prefix < 1.0
-    assert fisher.score(model, image, names[:1], labels=label)[names[0]].prefix == 0.0
-
-
 def test_drawn_labels_follow_the_seed_and_the_models_answers() -> None:
     model = build()
     images, names = torch.randn(5, 3, 32, 32), linears(model)[:2]

@@ -52,14 +52,12 @@ class Fisher:
         weights: fp32 [R, N], squared output gradients of the same rows (mean over draws), so scaled that for any
             function e of the rows, sum(weights * e(rows)) estimates the mean over images of the sum over tokens of
             gradient^2 * e.
-        prefix: what the prefix tokens (class token, registers) have of the output's squared gradients, 0..1.
     """
 
     trace: float
     output: Tensor
     rows: Tensor
     weights: Tensor
-    prefix: float = 0.0
 
 
 def score(
@@ -68,7 +66,6 @@ def score(
     sites: Sequence[str],
     *,
     blocks: Sequence[str] = (),
-    prefix: int = 0,
     labels: Tensor | None = None,
     draws: int = 4,
     rows: int = 1024,
@@ -84,7 +81,6 @@ def score(
         sites: names of submodules that are called once in a forward pass with [B, ..., K] and return [B, ..., N].
         blocks: names of submodules that run once each, in this order, from one tensor to one tensor: their graphs are
             made one at a time. Without, the whole graph is held.
-        prefix: number of tokens before the patches in the rows of `sites`.
         labels: int64 [n]; None draws them from the model's own answers (then it is the Fisher matrix itself; given
             labels make it the "empirical" one).
         draws: labels drawn per image, each at the price of a backward pass; labels that are given count once.
@@ -102,7 +98,7 @@ def score(
     device = next(model.parameters()).device
     counts = shard.objects(len(images))
     first, spill = sum(counts[: shard.rank]), Spill()
-    gathered = {name: _Gathered(name, sum(counts), rows, seed, spill, prefix) for name in sites}
+    gathered = {name: _Gathered(name, sum(counts), rows, seed, spill) for name in sites}
 
     def run() -> None:
         with ExitStack() as entered:
@@ -119,8 +115,8 @@ def score(
     sums = {name: g.finish(shard) for name, g in gathered.items()}
 
     def result(name: str) -> Fisher:
-        trace, output, share = sums[name]
-        return Fisher(trace, output.to(device), spill.read(f"{name} rows"), spill.read(f"{name} weights"), share)
+        trace, output = sums[name]
+        return Fisher(trace, output.to(device), spill.read(f"{name} rows"), spill.read(f"{name} weights"))
 
     return Lazy(list(sites), result)
 
@@ -269,9 +265,9 @@ def _back(outputs: Sequence[Tensor], to: Tensor, gradients: Sequence[Tensor | No
 class _Gathered:
     """Gathers one linear's statistics, image by image: sums a unit, rows and their weights on disk."""
 
-    def __init__(self, name: str, images: int, rows: int, seed: int, spill: Spill, prefix: int) -> None:
+    def __init__(self, name: str, images: int, rows: int, seed: int, spill: Spill) -> None:
         self.name, self.images, self.per_image = name, images, max(1, rows // images)
-        self.seed, self.spill, self.prefix = seed, spill, prefix
+        self.seed, self.spill = seed, spill
         self.input = torch.empty(0)
         self.gram: Tensor | None = None
         self.squared: Tensor | None = None
@@ -301,8 +297,8 @@ class _Gathered:
         """That was all of the calibration set's `number`th image."""
         assert self.squared is not None
         squared, x = self.squared, self.input.reshape(-1, self.input.shape[-1]).float()
-        scalars = squared.new_tensor([self.trace, float(squared[: self.prefix].sum())], dtype=torch.float64)
-        sums = torch.cat((scalars, squared.sum(0, dtype=torch.float64)))
+        trace = squared.new_tensor([self.trace], dtype=torch.float64)
+        sums = torch.cat((trace, squared.sum(0, dtype=torch.float64)))
         if number // UNIT == self.unit:
             self.units[-1] += sums.cpu()
         else:
@@ -321,8 +317,8 @@ class _Gathered:
         self.spill.append(f"{self.name} weights", squared[drawn] * scale[:, None])
         self.input, self.gram, self.squared, self.open = torch.empty(0), None, None, False
 
-    def finish(self, shard: Shard) -> tuple[float, Tensor, float]:
-        """Trace, squared output gradient fp32 [N] and the prefix tokens' share of it, means over all images."""
+    def finish(self, shard: Shard) -> tuple[float, Tensor]:
+        """Trace and squared output gradient fp32 [N], means over all images."""
         total: Tensor | float = 0.0
         for unit in shard.gather(torch.stack(self.units)):
             total = total + unit
@@ -331,4 +327,4 @@ class _Gathered:
             for key in (f"{self.name} rows", f"{self.name} weights"):
                 self.spill.replace(key, shard.gather(self.spill.read(key)))
         mean = total / self.images
-        return float(mean[0]), mean[2:].float(), float(mean[1] / mean[2:].sum().clamp_min(1e-300))
+        return float(mean[0]), mean[1:].float()

@@ -9,39 +9,11 @@ In the last block nothing but the class token is read, and one token of 197 is w
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lampq_rt.calibrate import stream
 from lampq_rt.calibrate.compensate import LEAST_SHARE, MOST_SHARE
 from lampq_rt.calibrate.objectives.base import OBJECTIVES, BlockError, Study
-
-
-def prefix_shares(exact: VisionTransformer, images: Tensor, prefix: int) -> Tensor:
-    """fp64 [blocks], 0..1: of the first `prefix` tokens in the squared gradient at each block's output.
-
-    Args:
-        exact: the floating-point model.
-        images: fp32 [n, C, H, W].
-        prefix: tokens before those of the patches.
-    """
-    sums = torch.zeros(2, len(exact.blocks), dtype=torch.float64)
-    draws = torch.Generator().manual_seed(0)
-    for part in images.split(stream.GRAPH):
-        with torch.enable_grad():
-            x, outputs = stream.embedded(exact, part).detach().requires_grad_(True), list[Tensor]()
-            for block in exact.blocks:
-                x = block(x)
-                outputs.append(x)
-            logits = stream.answers(exact, x).flatten(1)
-            labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draws)[:, 0].to(logits.device)
-            gradients = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), outputs)
-        for number, gradient in enumerate(gradients):
-            energy = gradient.double().square().sum(-1)
-            sums[:, number] += torch.stack((energy[:, :prefix].sum(), energy.sum())).cpu()
-    return sums[0] / sums[1].clamp(min=torch.finfo(torch.float64).tiny)
+from lampq_rt.calibrate.prefix import prefix_shares
 
 
 class Tokens:
@@ -53,13 +25,14 @@ class Tokens:
     def measure(self, study: Study) -> BlockError:
         """See `Objective.measure`; one pass over the images, forward and backward."""
         prefix = study.exact.num_prefix_tokens
-        shares = prefix_shares(study.exact, study.images, prefix) if prefix else None
+        blocks = [f"blocks.{number}" for number in range(len(study.exact.blocks))]
+        shares = prefix_shares(study.exact, study.images, blocks, prefix=prefix, blocks=blocks)
 
         def weights(block: int, y: Tensor) -> Tensor:
             tokens = y.shape[1]
-            if shares is None or tokens <= prefix:
+            if not 0 < prefix < tokens:
                 return y.new_ones(tokens, 1)
-            own = min(max(float(shares[block]), LEAST_SHARE), MOST_SHARE)
+            own = min(max(shares[blocks[block]], LEAST_SHARE), MOST_SHARE)
             found = y.new_full((tokens, 1), tokens * (1.0 - own) / (tokens - prefix))
             found[:prefix] = tokens * own / prefix
             return found

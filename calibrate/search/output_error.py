@@ -64,6 +64,9 @@ BINS = 8192
 HISTOGRAM_BLOCK = 1 << 18
 """Values sorted into bins at once; each takes 30 bytes meanwhile."""
 
+ROWS_BLOCK = 1 << 18
+"""Values whose error is measured at once."""
+
 BLOCK = 1 << 15
 """Elements compared at once: few enough for the cache, and for torch not to wake its other threads."""
 
@@ -156,13 +159,16 @@ class LayerError:
 
     def measure(self, steps: Steps) -> float:
         """The error with these steps."""
-        rows = self.rows
-        zero_point = None if steps.zero_point is None else steps.zero_point.to(rows.device)
-        e = self.quantizer.fake_quantize(rows, steps.scale.to(rows.device), zero_point, self.fmt.bits).sub_(rows)
-        e.mul_(self.root_worth)
-        if self.gram is None:
-            return float((e @ self.weight_hat.t()).square_().sum())
-        return float((e @ self.gram).mul_(e).sum())
+        scale, zero_point, total = steps.scale.to(self.rows.device), steps.zero_point, 0.0
+        zero_point = None if zero_point is None else zero_point.to(scale.device)
+        size = max(1, ROWS_BLOCK // self.rows.shape[1])  # quantising makes four arrays of their size
+        for rows, root_worth in zip(self.rows.split(size), self.root_worth.split(size), strict=True):
+            e = self.quantizer.fake_quantize(rows, scale, zero_point, self.fmt.bits).sub_(rows).mul_(root_worth)
+            if self.gram is None:
+                total += float((e @ self.weight_hat.t()).square_().sum())
+            else:
+                total += float((e @ self.gram).mul_(e).sum())
+        return total
 
 
 class _ExactError(LayerError):
