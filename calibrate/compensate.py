@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lampq_rt import channels
+from lampq_rt.calibrate import spd
 from lampq_rt.calibrate.observe import (
     BATCH,
     LOGIT_IMAGES,
@@ -60,6 +61,9 @@ of an image, or of ten), but all other tokens attend to them, and a step that cl
 
 TOGETHER = 32
 """Images whose inputs of a site are in memory together, and whose rows are summed in one product."""
+
+PART = 1 << 18
+"""Values of a site's inputs that are quantised at once."""
 
 LEAST_SHARE, MOST_SHARE = 0.02, 0.7
 """Of the prefix tokens in what all rows count. In the last block nothing else is read, but these are one row an image,
@@ -229,49 +233,49 @@ class _Linear:
 
     def _exact_mean(self) -> Tensor:
         """fp32 [K]: mean of the input in the floating-point model, rows counting what they are worth."""
-        mean, start = _Sum(), 0
+        mean, start = self.weight.new_zeros(self.weight.shape[1]), 0
         for x in _together(self.walk.inputs(self.site, 0)):
             rows = _rows(x, self.linear)
-            mean.add(self.worth[start : start + len(rows)] @ rows)
+            mean += self.worth[start : start + len(rows)] @ rows
             start += len(rows)
-        return mean.total
+        return mean
 
     def _moments(self, params: SiteParams, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """cov(x_hat, x_hat), fp32 [K, K], `weight` [N, K] times cov(delta, x_hat), and the mean of x_hat, [K].
 
         Sums are about a centre near the mean, so that little cancels.
         """
-        centre: Tensor | None = None
-        mean, mean_lost, moment, cross = (_Sum() for _ in range(4))
-        for rows, worth in self._parts(self.inputs, self.worth):
+        features, centre = self.weight.shape[1], torch.empty(0)
+        mean, mean_lost = self.weight.new_zeros(2, features)
+        moment, cross = self.weight.new_zeros(2, features, features)
+        for rows, worth in self._parts(self.inputs, self.worth, size=PART // features):
             x = quantized_input(rows, params)
             lost = channels.scaled_input(rows - x, params)
             x = channels.scaled_input(x, params)
-            centre = worth @ x / worth.sum() if centre is None else centre
+            centre = centre if centre.numel() else x.mean(0)
             x = x - centre
-            mean.add(worth @ x)
-            mean_lost.add(worth @ lost)
             weighed = x * worth[:, None]
-            moment.add(x.t() @ weighed)
-            cross.add(lost.t() @ weighed)
-            del rows, x, lost, weighed  # before the next ones are made
-        assert centre is not None
-        moment.add(-torch.outer(mean.total, mean.total))
-        cross.add(-torch.outer(mean_lost.total, mean.total))
-        return moment.total, weight @ cross.total, mean.total + centre
+            mean += weighed.sum(0)
+            mean_lost += worth @ lost
+            moment.addmm_(x.t(), weighed)
+            cross.addmm_(lost.t(), weighed)
+        moment.addr_(mean, mean, alpha=-1)
+        cross.addr_(mean_lost, mean, alpha=-1)
+        return moment, weight @ cross, mean + centre
 
     @staticmethod
-    def _parts(batches: Batches, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Rows of each batch, with their part of each of the values [R]."""
+    def _parts(batches: Batches, *values: Tensor, size: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """Rows of each batch, at most `size` (0: all) at once, with their part of each of the values [R]."""
         start = 0
-        for rows in batches:
-            yield rows, *(v[start : start + len(rows)] for v in values)
-            start += len(rows)
+        for batch in batches:
+            for rows in batch.split(size or len(batch)):
+                yield rows, *(v[start : start + len(rows)] for v in values)
+                start += len(rows)
 
     def _sample(self) -> LinearObservation:
         """Rows drawn at random and those of largest magnitude, with exact ranges."""
         source = torch.Generator().manual_seed(self.seed)
-        tops = torch.cat([rows.abs().amax(1) for rows in self.inputs])
+        tops = torch.cat([torch.maximum(rows.amax(1), -rows.amin(1)) for rows in self.inputs])
         drawn = torch.randperm(len(tops), generator=source)[:ROWS].sort().values.to(tops.device)
         extreme = tops.topk(min(EXTREMES, len(tops))).indices
         share = tops.new_ones(len(drawn)) if self.share is None else self.share[drawn]
@@ -292,18 +296,7 @@ def _regression(moment: Tensor, cross: Tensor) -> Tensor:
     """dW fp32 [N, K] of M [K, K] and W cov(delta, x_hat) [N, K] (see the module's text)."""
     damped = moment.double()
     damped.diagonal().add_((RIDGE * moment.diagonal().mean().double()).clamp_min(1e-12))
-    return torch.linalg.solve(damped, cross.double().t()).t().float()
-
-
-class _Sum:
-    """A sum of tensors of one shape, the first of which is taken as it is."""
-
-    def __init__(self) -> None:
-        self.total = torch.empty(0)
-
-    def add(self, x: Tensor) -> None:
-        """Add `x`, which is used up."""
-        self.total = self.total.add_(x) if self.total.numel() else x
+    return spd.solve(damped, cross.double().t()).t().float()
 
 
 def _together(batches: Iterator[tuple[Tensor, ...]]) -> Iterator[Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lampq_rt.calibrate.distributed import generator
-from lampq_rt.calibrate.stream import GRAPH
 from lampq_rt.memory import trim
 
 Progress = Callable[[int, int], None]
@@ -52,7 +51,7 @@ def prefix_shares(
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def take(gradient: Tensor) -> None:
-            energy = gradient.detach().double().square().sum(-1)
+            energy = gradient.detach().square().sum(-1, dtype=torch.float64)
             sums[name] += torch.stack((energy[:, :prefix].sum(), energy.sum())).cpu()
 
         def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -66,7 +65,7 @@ def prefix_shares(
             entered.callback(model.get_submodule(name).register_forward_hook(hook(name)).remove)
         for name in blocks:
             entered.enter_context(_checkpointed(model.get_submodule(name)))
-        for part in images.split(GRAPH):
+        for part in images.split(1):
             with torch.enable_grad():
                 part = part.detach().requires_grad_(True)
                 logits = model(part).flatten(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lampq_rt.calibrate import spd
 from lampq_rt.calibrate.search import weight_steps
 from lampq_rt.formats import Format
 from lampq_rt.kernels import reference
@@ -81,13 +82,7 @@ def gptq(
 
 
 def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
-    """fp32 [K, K], upper triangular: Cholesky's factor of the inverse of the damped `hessian` in that order.
-
-    A [K, K] matrix in fp64 is among the largest things in a calibration, so each goes when the next is there.
-    """
+    """fp32 [K, K], upper triangular: Cholesky's factor of the inverse of the damped `hessian` in that order."""
     h = hessian[order[:, None], order].double()
     h.diagonal().add_((damping * h.diagonal().mean()).clamp_min(1e-12))
-    h = torch.linalg.cholesky(h)
-    h = torch.cholesky_inverse(h)
-    h = torch.linalg.cholesky(h, upper=True)
-    return h.float()
+    return spd.inverse_factor(h)

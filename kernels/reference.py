@@ -322,7 +322,7 @@ def softmax_weights(shifted: Tensor, e: Tensor, p_bits: int, p_scheme: str) -> T
 
 def cube_weights(codes: Tensor, top: int) -> Tensor:
     """fp32 rne(code^3 * (255 / top^3)), 0..255, of fp32 codes 0..top; the cube is exact, its factor rounded to fp32."""
-    return (codes * codes * codes * (255 / top**3)).round()
+    return (codes * codes).mul_(codes).mul_(255 / top**3).round_()
 
 
 def attention(

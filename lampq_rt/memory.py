@@ -39,7 +39,7 @@ def return_memory() -> bool:
     Returns:
         False where the C library is not glibc or refuses.
     """
-    return _mallopt(_MMAP_THRESHOLD, 2 << 20)
+    return _mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3

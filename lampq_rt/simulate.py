@@ -108,7 +108,7 @@ class SimulatedPV(SimulatedSite):
         """[B, H, N, N] and [B, H, N, d] to [B, H, N, d]."""
         if self.params is None:
             return logits.softmax(-1) @ v
-        e = (logits - logits.amax(-1, keepdim=True)).exp()
+        e = (logits - logits.amax(-1, keepdim=True)).exp_()
         return (self.fake("p", e) @ self.fake("v", v, per_head=True)) / e.sum(-1, keepdim=True)
 
     def fake(self, operand: str, x: Tensor, *, per_head: bool = False) -> Tensor:

@@ -61,10 +61,10 @@ STRIDES = (8, 2)
 BINS = 8192
 """Bins of the histogram; empty ones cost nothing later."""
 
-HISTOGRAM_BLOCK = 1 << 18
+HISTOGRAM_BLOCK = 1 << 16
 """Values sorted into bins at once; each takes 30 bytes meanwhile."""
 
-ROWS_BLOCK = 1 << 18
+ROWS_BLOCK = 1 << 16
 """Values whose error is measured at once."""
 
 BLOCK = 1 << 15

@@ -16,7 +16,7 @@ from lampq_rt.quantizers.table import ENTRIES
 
 CODES = ENTRIES
 
-HISTOGRAM_BLOCK = 1 << 18
+HISTOGRAM_BLOCK = 1 << 16
 """Codes that are best counted at once: each takes 24 bytes meanwhile."""
 
 

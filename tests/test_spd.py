@@ -1,0 +1,45 @@
+"""Linear algebra in place, against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lampq_rt.calibrate import spd
+
+
+def matrix(size: int) -> Tensor:
+    """fp64 [size, size], positive definite."""
+    x = torch.randn(size + 5, size, dtype=torch.float64)
+    return x.t() @ x / size + 0.01 * torch.eye(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 192])
+def test_solve(size: int) -> None:
+    a, b = matrix(size), torch.randn(size, 3, dtype=torch.float64)
+    wanted = torch.linalg.solve(a, b)
+    for right in (b, b.t().contiguous().t()):  # as they come: rows or columns together
+        torch.testing.assert_close(spd.solve(a.clone(), right), wanted)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 192])
+def test_factor_of_the_inverse(size: int) -> None:
+    a = matrix(size)
+    found = spd.inverse_factor(a.clone())
+    assert found.dtype == torch.float32 and torch.equal(found, found.triu())
+    torch.testing.assert_close(found, torch.linalg.cholesky(torch.linalg.inv(a), upper=True).float())
+
+
+def test_the_matrix_itself_is_used_up() -> None:
+    """No second one is made."""
+    a = matrix(8)
+    before = a.clone()
+    spd.inverse_factor(a)
+    assert not torch.equal(a, before)
+
+
+@pytest.mark.parametrize("work", [spd.inverse_factor, lambda a: spd.solve(a, a.clone())])
+def test_what_is_not_positive_definite_is_refused(work: object) -> None:
+    with pytest.raises(ArithmeticError, match="not positive definite"):
+        work(-matrix(4))  # type: ignore[operator]
