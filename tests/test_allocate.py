@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 from scipy.optimize import linprog
 
-from lampq_rt.calibrate.allocate import ALLOCATORS, Problem
+from lampq_rt.calibrate.allocate import ALLOCATORS, Problem, milp
 from lampq_rt.errors import BudgetError
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -202,3 +205,20 @@ def test_milp_with_edges_solves_24_blocks_with_three_budgets_in_a_second() -> No
     found = ALLOCATORS.get("milp")(hard)
     assert hard.fits(found.bits) and found.gap is not None and found.gap < 1e-3
     assert hard.cost("latency_ms@1", found.bits) > 0.98 * 82.0
+
+
+def test_the_solver_prints_nothing_among_a_commands_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As C code prints: to the file descriptor."""
+
+    def chatty(*args: Any, **more: Any) -> Any:
+        os.write(1, b"a word of the solver's own")
+        return scipy.optimize.milp(*args, **more)
+
+    monkeypatch.setattr(milp, "milp", chatty)
+    print("before")
+    assert ALLOCATORS.get("milp")(problem(3)).bits
+    print("after")
+    out, err = capfd.readouterr()
+    assert out == "before\nafter\n" and "solver" in err

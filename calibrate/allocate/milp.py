@@ -13,7 +13,10 @@ integers take the same time, two a site in place of eight.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,13 +125,14 @@ class _Program:
         # Penalties span many powers of ten; in this unit an answer that is off by HiGHS's absolute 1e-6 is as good.
         binaries = np.abs(objective[: len(self.columns)])
         scale = 1e3 / max(float(np.median(binaries)) or float(binaries.max()), 1e-300) / len(self.problem.penalties)
-        result = milp(
-            objective * scale,
-            integrality=np.arange(self.size) < len(self.columns),
-            bounds=Bounds(0.0, 1.0),
-            constraints=constraints,
-            options={"mip_rel_gap": 1e-6, "time_limit": TIME_LIMIT_S},
-        )
+        with _aside():
+            result = milp(
+                objective * scale,
+                integrality=np.arange(self.size) < len(self.columns),
+                bounds=Bounds(0.0, 1.0),
+                constraints=constraints,
+                options={"mip_rel_gap": 1e-6, "time_limit": TIME_LIMIT_S},
+            )
         assert result.status in (OPTIMAL, TIMED_OUT, NO_SOLUTION), result.message
         return result
 
@@ -190,3 +194,17 @@ def _groups(widths: list[int], costs: Callable[[int], tuple[float, ...]]) -> lis
     for width in widths:
         found.setdefault(costs(width), []).append(width)
     return list(found.values())
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """What the process writes to its standard output goes to standard error: HiGHS, told to be silent, still prints a
+    line of its own on some problems, and a command's output may be one JSON document."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
