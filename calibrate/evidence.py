@@ -32,6 +32,9 @@ from lampq_rt.sites import BLOCK_LINEARS, Kind, Site
 HALF_RANGE = 65504.0 / 4
 """Largest absolute value of the residual stream that fp16 is trusted with: a quarter of its range."""
 
+CHANNEL_BITS = 8
+"""Width of an fc2's input that may have a step a channel; narrower ones gain nothing (docs/calibration.md)."""
+
 
 class Measurements:
     """One model, its calibration images, and what has been measured of both so far.
@@ -254,7 +257,8 @@ def _styled(site: Site, bits: int, input_bits: int | None, preparation: Preparat
     """Formats of that width with the preparation's schemes and steps; `input_bits` of a linear's input, if given."""
     if bits == FLOAT_BITS:
         return backends.formats(site.kind, bits)
-    granularity = preparation.fc2_input if site.kind is Kind.FC2 else "tensor"
+    by_channel = site.kind is Kind.FC2 and (input_bits or bits) == CHANNEL_BITS
+    granularity = preparation.fc2_input if by_channel else "tensor"
     scheme = preparation.scheme_of(site.kind) if (input_bits or bits) in TABLE_BITS else "uniform"
     return backends.formats(
         site.kind,

@@ -58,6 +58,11 @@ class Material:
     resume: Path | None = None
 
 
+CLEARLY = 0.8
+"""Steps by channel must bring the divergence on the calibration images below this share of that with one step: they fit
+those images better than others. At 8 bits, in KL on 872 others: DeiT-Tiny 0.0127 with, 0.0049 without, where the
+calibration images see no difference; ViT-Tiny 0.0124 with, 0.0164 without, where they see two thirds."""
+
 NO_MORE = Material()
 """Nothing beside the calibration images."""
 
@@ -126,13 +131,16 @@ def _reconstructed(
 def _best_compensated(
     measurements: Measurements, model: nn.Module, candidates: Sequence[Mapping[str, SiteParams]]
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor], int]:
-    """Sites, biases and number of the candidate that diverges least once it is compensated."""
-    m, device = measurements, next(measurements.simulation.parameters()).device
-    images, total = m.images.to(device), len(candidates)
+    """Sites, biases and number of the candidate that diverges least once it is compensated.
 
-    def compensated(number: int) -> tuple[dict[str, SiteParams], dict[str, Tensor], Simulation]:
+    Where inputs of fc2 have steps by channel, one step is tried, too, and kept unless it is clearly worse.
+    """
+    m, device = measurements, next(measurements.simulation.parameters()).device
+    images, options = m.images.to(device), [o for n, sites in enumerate(candidates) for o in _options(n, sites)]
+
+    def compensated(place: int) -> tuple[dict[str, SiteParams], dict[str, Tensor], Simulation]:
         def report(done: int, sites: int) -> None:
-            m.report("compensating errors", number * sites + done, total * sites)
+            m.report("compensating errors", place * sites + done, len(options) * sites)
 
         shares = m.prefix_shares
         m.simulation.reset()
@@ -141,25 +149,49 @@ def _best_compensated(
             m.simulation,
             quantised,
             images,
-            candidates[number],
+            options[place].sites,
             prefix_shares=shares,
             seed=m.seed,
             progress=report,
         )
         return found, biases, quantised
 
-    if total == 1:
+    if len(options) == 1:
         return *compensated(0)[:2], 0
     least, kept, best, chosen = math.inf, Shelf(), dict[str, Tensor](), 0
-    for number in range(total):
-        found, biases, quantised = compensated(number)
-        divergence = m.plan_judge(quantised).divergence
-        if not number or divergence < least:
-            least, best, chosen = divergence, biases, number
+    for place, option in enumerate(options):
+        found, biases, quantised = compensated(place)
+        divergence = m.plan_judge(quantised).divergence * option.handicap
+        if not place or divergence < least:
+            least, best, chosen = divergence, biases, option.candidate
             for name, params in found.items():
                 kept.put(name, params)
         del found, quantised
     return {name: kept.get(name) for name in candidates[chosen]}, best, chosen
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A candidate, by number, with the formats to compensate it in, and what its divergence is multiplied with."""
+
+    candidate: int
+    sites: Mapping[str, SiteParams]
+    handicap: float = 1.0
+
+
+def _options(candidate: int, sites: Mapping[str, SiteParams]) -> list[_Option]:
+    """With one step for the whole input everywhere, and as it is where that has steps by channel."""
+    by_tensor = {name: _by_tensor(params) for name, params in sites.items()}
+    by_channel = any(by_tensor[name] is not sites[name] for name in sites)
+    return [_Option(candidate, by_tensor), *([_Option(candidate, sites, 1.0 / CLEARLY)] if by_channel else [])]
+
+
+def _by_tensor(params: SiteParams) -> SiteParams:
+    """The same formats with one step for the whole input; its steps are to be searched anew."""
+    fmt = params.formats.get("input")
+    if fmt is None or fmt.granularity != "channel":
+        return params
+    return replace(params, formats={**params.formats, "input": replace(fmt, granularity="tensor")}, tensors={})
 
 
 def _with_codes(measurements: Measurements, name: str, params: SiteParams) -> SiteParams:

@@ -26,7 +26,8 @@ class Preparation:
     Attributes:
         rewrites: names of function-preserving rewrites (`calibrate/transforms`), in this order.
         softmax: scheme of softmax output where its width allows, a name of `SOFTMAX`; `softmax_at` says which it is.
-        fc2_input: "tensor" or "channel": what shares a step of the input of fc2.
+        fc2_input: "tensor", or "channel" for a step a channel of fc2's input where it has 8 bits; a recipe that
+            compensates tries one step, too (`prepare`).
         scheme: of the inputs of the blocks' linears at 2..7 bits: "uniform" or "table".
         weights: scheme of all linears' weights at 2..7 bits: "uniform" or "levels".
         families: kinds of the blocks' linears whose inputs have tables whatever `scheme` says, each with the family of
@@ -79,6 +80,7 @@ PLAIN = Preparation()
 STRONG = Preparation(
     ("rotate-residual", "rotate-heads", "balance-norms"),
     softmax="cubic",
+    fc2_input="channel",
     scheme="table",
     rounding="gptq",
     weights="levels",

@@ -140,6 +140,21 @@ def test_the_better_of_two_candidates_is_kept() -> None:
         assert kept == best and {p.formats["weight"].bits for p in sites.values() if "weight" in p.formats} == {8}
 
 
+@pytest.mark.parametrize(
+    ("outlier", "bits", "granularity"), [(200.0, 8, "channel"), (0.0, 8, "tensor"), (200.0, 4, "tensor")]
+)
+def test_an_input_of_fc2_has_steps_by_channel_where_one_step_is_clearly_worse(
+    outlier: float, bits: int, granularity: str
+) -> None:
+    """One hidden channel is always about 200, and does next to nothing; below 8 bits tables have levels for it."""
+    model = tiny_vit(depth=2)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.bias[7] += outlier
+        model.blocks[1].mlp.fc2.weight[:, 7] *= 1e-3
+    plan = calibrate(model, images_for(model, 16)).plan(Budget(mean_bits=bits), "fast")
+    assert {plan.sites[f"blocks.{b}.mlp.fc2"].formats["input"].granularity for b in range(2)} == {granularity}
+
+
 def test_attention_has_eight_bits_where_a_recipe_says_so() -> None:
     model = tiny_vit(depth=2)
     plan = calibrate(model, images_for(model)).plan(Budget(mean_bits=3), "lampq+a")
