@@ -2,7 +2,7 @@
 
 Of DeiT-Tiny's proj it is 2 % in the first block and all in the last, where nothing else is read. A label is drawn from
 the model's own answer to each image, as for its Fisher matrix; one draw is enough for a share. Blocks are checkpointed
-(Chen et al. 1604.06174): of the graph of some images, one block's is in memory at a time.
+(Chen et al. 1604.06174): of the graph of one image, one block's is in memory at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def prefix_shares(
         prefix: number of tokens before the patches; of none the share is 0.
         blocks: submodules whose graphs are made one at a time; without, the whole graph is held.
         labels: int64 [n]; None draws them from the model's answers.
-        seed: of the labels; the same for an image wherever it stands among the calls.
+        seed: of the labels.
         progress: called with the number of images done and n.
     """
     if not prefix:
@@ -59,31 +59,28 @@ def prefix_shares(
 
         return see
 
-    done = 0
     with ExitStack() as entered:
         for name in names:
             entered.callback(model.get_submodule(name).register_forward_hook(hook(name)).remove)
         for name in blocks:
             entered.enter_context(_checkpointed(model.get_submodule(name)))
-        for part in images.split(1):
+        for number, image in enumerate(images):
             with torch.enable_grad():
-                part = part.detach().requires_grad_(True)
-                logits = model(part).flatten(1)
-                chosen = _drawn(logits, seed, done) if labels is None else labels[done : done + len(part)]
-                torch.autograd.grad(F.cross_entropy(logits, chosen.to(logits.device), reduction="sum"), part)
+                image = image[None].detach().requires_grad_(True)
+                logits = model(image).flatten(1)
+                label = _drawn(logits, seed, number) if labels is None else labels[number : number + 1]
+                torch.autograd.grad(F.cross_entropy(logits, label.to(logits.device)), image)
             del logits
-            done += len(part)
             trim()
             if progress is not None:
-                progress(done, len(images))
+                progress(number + 1, len(images))
     return {name: float(own / whole.clamp_min(1e-300)) for name, (own, whole) in sums.items()}
 
 
-def _drawn(logits: Tensor, seed: int, first: int) -> Tensor:
-    """A label an image, drawn from its softmax: int64 [B]."""
-    probabilities = logits.detach().double().cpu().softmax(-1)
-    sources = [generator(seed, first + number, "prefix") for number in range(len(probabilities))]
-    return torch.cat([torch.multinomial(p, 1, generator=s) for p, s in zip(probabilities, sources, strict=True)])
+def _drawn(logits: Tensor, seed: int, number: int) -> Tensor:
+    """A label for the image of that number, drawn from the softmax of its logits [1, classes]: int64 [1]."""
+    probabilities = logits[0].detach().double().cpu().softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator(seed, number, "prefix"))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lampq_rt.sites import BLOCK_LINEARS
 from tests.test_fisher import build, linears
 
 PREFIX = 1
-IMAGES = 7  # more than are run at once, and no multiple of that
+IMAGES = 5
 
 
 def naive(model: nn.Module, images: Tensor, labels: Tensor, names: list[str]) -> dict[str, float]:
