@@ -17,6 +17,9 @@ import torch
 
 _PROCESS = Path("/proc/self")
 
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+"""Names and numbers from malloc.h."""
+
 
 def keep_memory() -> bool:
     """Tell glibc to keep freed memory for the next forward pass. For the command line: it changes the whole process.
@@ -40,10 +43,6 @@ def return_memory() -> bool:
         False where the C library is not glibc or refuses.
     """
     return _mallopt(_MMAP_THRESHOLD, 1 << 20)
-
-
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-"""Names and numbers from malloc.h."""
 
 
 def _mallopt(option: int, value: int) -> bool:

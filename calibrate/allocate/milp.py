@@ -200,9 +200,13 @@ def _groups(widths: list[int], costs: Callable[[int], tuple[float, ...]]) -> lis
 def _aside() -> Iterator[None]:
     """What the process writes to its standard output goes to standard error: HiGHS, told to be silent, still prints a
     line of its own on some problems, and a command's output may be one JSON document."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except (AttributeError, OSError):  # a service without standard output, or error
+        yield
+        return
     try:
         yield
     finally:
