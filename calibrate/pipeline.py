@@ -33,7 +33,7 @@ from lampq_rt.calibrate.metrics import PENALTIES, Score
 from lampq_rt.calibrate.prepare import NO_MORE, Material, finished, prepared
 from lampq_rt.calibrate.problems import Problems, implied
 from lampq_rt.calibrate.progress import Report, reporting
-from lampq_rt.calibrate.proposal import Proposal, finalists
+from lampq_rt.calibrate.proposal import Proposal, distinct
 from lampq_rt.calibrate.provenance import Facts, provenance
 from lampq_rt.calibrate.recipes import PLAIN, RECIPES, Preparation, Recipe
 from lampq_rt.calibrate.refine import refine
@@ -235,7 +235,7 @@ class Calibration:
             formats = self.problems.formats(self._variables(False), bits, nominal)
         final = [proposal]
         if chosen.compensate:
-            final = finalists(proposals, proposal)
+            final = distinct(proposals, proposal)
             candidates = [self._bare(found) for found in (formats, *(p.formats for p in final[1:]))]
         else:
             candidates = [self.measurements.chosen(chosen.search, formats)]

@@ -10,9 +10,6 @@ from lampq_rt.backends import Formats
 from lampq_rt.calibrate.allocate import Allocation, Problem
 from lampq_rt.calibrate.metrics import Score
 
-FINALISTS = 2
-"""Proposals that are compensated and compared once more."""
-
 
 @dataclass
 class Proposal:
@@ -42,7 +39,10 @@ class Proposal:
         return {**facts, "widths": "free"} if self.free else facts
 
 
-def finalists(proposals: list[Proposal], best: Proposal) -> list[Proposal]:
-    """The best proposal and the next of other bits: which gains more from compensation is seen only after it."""
-    others = [p for p in proposals if p.formats != best.formats]
-    return [best, *sorted(others, key=lambda p: p.divergence or 0.0)[: FINALISTS - 1]]
+def distinct(proposals: list[Proposal], best: Proposal) -> list[Proposal]:
+    """The best proposal and all of other bits: which gains most from compensation is seen only after it."""
+    found = [best]
+    for proposal in proposals:
+        if all(proposal.formats != other.formats for other in found):
+            found.append(proposal)
+    return found
