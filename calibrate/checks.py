@@ -43,7 +43,12 @@ def check_processes(recipe: Recipe, processes: int) -> None:
 
 def _whole_sets(recipe: Recipe) -> list[str]:
     """What of the recipe sees all images at once."""
-    parts = {"compensation": recipe.compensate, "training": recipe.schedule.steps, "free widths": recipe.free}
+    parts = {
+        "compensation": recipe.compensate,
+        "ReLU": recipe.preparation.relu,
+        "training": recipe.schedule.steps,
+        "free widths": recipe.free,
+    }
     return [part for part, there in parts.items() if there]
 
 

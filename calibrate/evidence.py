@@ -49,6 +49,7 @@ class Measurements:
         report: told of progress.
         shard: the processes that have the other images.
         preparation: number formats and rounding; its rewrites were applied to `model`.
+        teacher: whose answers plans are to keep, where that is not `model` (`prepare.Prepared`).
 
     Raises:
         ModelError, DataError, BackendError: see `check_images`, `check_labels`, `resolve_device`.
@@ -66,6 +67,7 @@ class Measurements:
         report: Report,
         shard: Shard = SINGLE,
         preparation: Preparation = PLAIN,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.model = model
         self.simulation = Simulation(model).float().to(device)
@@ -88,6 +90,10 @@ class Measurements:
         self.count = sum(counts)
         self.linears = tuple(site for site in self.description.sites if site.kind in BLOCK_LINEARS)
         logits, self.residual_max = self._run()
+        self._teacher = self.simulation
+        if teacher is not None and teacher is not model:
+            self._teacher = Simulation(teacher).float().to(device)
+            logits = answer(self._teacher, self.images, 0, shard)
         self.labels = shard.together(lambda: check_labels(labels, len(images), logits.shape[1]))
         truth = None if self.labels is None else shard.gather(self.labels)
         self.judge = Judge(self.images, logits, truth, self.count, shard)
@@ -109,7 +115,7 @@ class Measurements:
         self.simulation.reset()
         height, width = self.images.shape[-2:]
         others = range(1, views(self.count, (height, width)))
-        logits = [answer(self.simulation, self.images, view, self.shard) for view in others]
+        logits = [answer(self._teacher, self.images, view, self.shard) for view in others]
         return replace(self.judge, logits=torch.cat([self.judge.logits, *logits]))
 
     @cached_property

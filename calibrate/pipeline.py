@@ -39,6 +39,7 @@ from lampq_rt.calibrate.recipes import PLAIN, RECIPES, Preparation, Recipe
 from lampq_rt.calibrate.refine import refine
 from lampq_rt.calibrate.search_evidence import SearchEvidence
 from lampq_rt.calibrate.variables import Variable
+from lampq_rt.edits import replaced_activations
 from lampq_rt.errors import BudgetError
 from lampq_rt.formats import FLOAT_BITS
 from lampq_rt.latency.table import LatencyTable
@@ -164,9 +165,9 @@ class Calibration:
         preparation: Preparation = PLAIN,
     ) -> None:
         self.original, self.material = model, material
-        self.model, self.refused = prepared(model, images, preparation, seed)
+        self.ready = prepared(model, images, preparation, seed, material.images, report)
         self.measurements = Measurements(
-            self.model,
+            self.ready.model,
             images,
             labels,
             target=target,
@@ -175,6 +176,7 @@ class Calibration:
             report=report or (lambda stage, done, total: None),
             shard=shard,
             preparation=preparation,
+            teacher=self.ready.teacher,
         )
         if material.images is not None:
             check_images(material.images, self.measurements.simulation)
@@ -239,11 +241,13 @@ class Calibration:
             candidates = [self._bare(found) for found in (formats, *(p.formats for p in final[1:]))]
         else:
             candidates = [self.measurements.chosen(chosen.search, formats)]
-        sites, edits, kept = finished(self.measurements, self.original, self.model, candidates, chosen, self.material)
+        sites, edits, kept = finished(self.measurements, self.original, self.ready, candidates, chosen, self.material)
         proposal = final[kept]
         facts = Facts(chosen, budget, limits, nominal, proposals, proposal, refined, tuple(edits))
         dtype = self.measurements.residual_dtype
-        return Plan(self.model_name, self.weights_digest, sites, provenance(self, facts, sites), dtype, edits)
+        activations = replaced_activations(self.original, self.ready.model)
+        facts_kept = provenance(self, facts, sites)
+        return Plan(self.model_name, self.weights_digest, sites, facts_kept, dtype, edits, activations)
 
     def evidence(self, search: str, nominal: int, free: bool = False) -> SearchEvidence:
         """What penalties are made from, with the range search of that name, that nominal width, and those variables."""

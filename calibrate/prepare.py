@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from lampq_rt.adapters import describe
 from lampq_rt.calibrate.compensate import compensate
 from lampq_rt.calibrate.evidence import Measurements
+from lampq_rt.calibrate.progress import Report
 from lampq_rt.calibrate.recipes import Preparation, Recipe
 from lampq_rt.calibrate.reconstruct import reconstruct
+from lampq_rt.calibrate.relu import to_relu
 from lampq_rt.calibrate.spill import Shelf
 from lampq_rt.calibrate.transforms import TRANSFORMS, Context
 from lampq_rt.edits import differences, edited
@@ -25,24 +27,59 @@ from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.weights import weight_codes
 
 
-def prepared(model: nn.Module, images: Tensor, preparation: Preparation, seed: int) -> tuple[nn.Module, dict[str, str]]:
-    """The model as the preparation's rewrites leave it, and by rewrite the reason why it does not fit this model.
+@dataclass(frozen=True)
+class Prepared:
+    """A model before bits are chosen.
+
+    Attributes:
+        model: what is quantised; the original where nothing was to be done.
+        teacher: what it is compared with: the same, but for MLPs that had to give up their GELUs.
+        refused: by rewrite, the reason why it does not fit this model.
+    """
+
+    model: nn.Module
+    teacher: nn.Module
+    refused: dict[str, str]
+
+
+def prepared(
+    model: nn.Module,
+    images: Tensor,
+    preparation: Preparation,
+    seed: int,
+    more: Tensor | None = None,
+    report: Report | None = None,
+) -> Prepared:
+    """The model as the preparation leaves it.
 
     Args:
-        model: in floating point; not changed, and returned as it is where there are no rewrites.
+        model: in floating point; not changed.
         images: fp32 [n, C, H, W], normalised.
-        preparation: whose rewrites to apply.
-        seed: of random rotations.
+        preparation: what to do.
+        seed: of random rotations, and of what MLPs learn from.
+        more: images that MLPs learn from; None: `images`.
+        report: told of progress.
     """
-    if not preparation.rewrites:
-        return model, {}
+    if not preparation.rewrites and not preparation.relu:
+        return Prepared(model, model, {})
     twin = copy.deepcopy(model).float().eval().requires_grad_(False)
     context = Context(describe(twin), images, seed)
     answers = {}
     for name in preparation.rewrites:
         answers[name] = TRANSFORMS.get(name)(twin, context)
         trim()
-    return twin, {name: reason for name, reason in answers.items() if reason is not None}
+    teacher = twin
+    if preparation.relu:
+        twin = copy.deepcopy(teacher)
+        answers["relu"] = to_relu(
+            twin,
+            context.description,
+            images if more is None else more,
+            preparation.relu,
+            seed=seed,
+            progress=None if report is None else lambda done, count: report("learning ReLU", done, count),
+        )
+    return Prepared(twin, teacher, {name: reason for name, reason in answers.items() if reason is not None})
 
 
 @dataclass(frozen=True)
@@ -70,7 +107,7 @@ NO_MORE = Material()
 def finished(
     measurements: Measurements,
     original: nn.Module,
-    model: nn.Module,
+    ready: Prepared,
     candidates: Sequence[Mapping[str, SiteParams]],
     recipe: Recipe,
     material: Material = NO_MORE,
@@ -78,9 +115,9 @@ def finished(
     """Sites and edits of a plan, and the number of its candidate: the only one, or the best after compensation.
 
     Args:
-        measurements: of `model`.
+        measurements: of the prepared model.
         original: the model that the plan will be applied to.
-        model: `original` as prepared.
+        ready: `original` as prepared.
         candidates: formats and steps of all sites; where the recipe compensates, formats suffice, and there may be
             several.
         recipe: says whether to compensate and to train.
@@ -89,7 +126,7 @@ def finished(
     Raises:
         DataError: see `reconstruct`.
     """
-    found, biases, chosen = dict(candidates[0]), dict[str, Tensor](), 0
+    found, biases, chosen, model = dict(candidates[0]), dict[str, Tensor](), 0, ready.model
     if recipe.compensate:
         found, biases, chosen = _best_compensated(measurements, model, candidates)
     elif model is not original:
@@ -98,14 +135,14 @@ def finished(
     edits = {} if model is original else differences(original, model, integer)
     edits.update({name: bias.float().cpu() for name, bias in biases.items()})
     if recipe.schedule.steps:
-        found, learned = _reconstructed(measurements, model, found, biases, recipe, material)
+        found, learned = _reconstructed(measurements, ready, found, biases, recipe, material)
         edits.update(learned)
     return found, edits, chosen
 
 
 def _reconstructed(
     measurements: Measurements,
-    model: nn.Module,
+    ready: Prepared,
     sites: Mapping[str, SiteParams],
     biases: Mapping[str, Tensor],
     recipe: Recipe,
@@ -114,16 +151,17 @@ def _reconstructed(
     """Sites and edits after training."""
     device = next(measurements.simulation.parameters()).device
     images = measurements.images if material.images is None else material.images
-    quantised = Simulation(copy.deepcopy(edited(model, biases))).float().to(device)
+    quantised = Simulation(copy.deepcopy(edited(ready.model, biases))).float().to(device)
     quantised.set(sites)
     learned, parameters = reconstruct(
-        model,
+        ready.model,
         quantised,
         images.to(device),
         recipe.schedule,
         seed=measurements.seed,
         progress=lambda done, total: measurements.report("learning back", done, total),
         resume=material.resume,
+        teacher=ready.teacher,
     )
     return {name: learned.get(name, params) for name, params in sites.items()}, parameters
 

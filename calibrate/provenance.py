@@ -80,7 +80,7 @@ def provenance(calibration: Calibration, facts: Facts, sites: Mapping[str, SiteP
         "sensitivity": {} if score is None else dict(score.sensitivity),
         "refine": None if facts.refined is None else dict(facts.refined),
         "residual_max": measurements.residual_max,
-        "refused_rewrites": dict(calibration.refused),
+        "refused_rewrites": dict(calibration.ready.refused),
         "edits": len(facts.edits),
         "skipped": [{"name": s.name, "reason": s.reason} for s in calibration.description.skipped],
     }

@@ -30,6 +30,8 @@ class Preparation:
             compensates tries one step, too (`prepare`).
         scheme: of the inputs of the blocks' linears at 2..7 bits: "uniform" or "table".
         weights: scheme of all linears' weights at 2..7 bits: "uniform" or "levels".
+        relu: steps in which each MLP learns to do with ReLU what it does with GELU (`relu`), after the rewrites; 0: it
+            keeps its GELU.
         families: kinds of the blocks' linears whose inputs have tables whatever `scheme` says, each with the family of
             its levels (`calibrate/search/families`). The other kinds' tables are of family "optimal".
         rounding: of weights while bits are chosen: "nearest" or "gptq".
@@ -46,6 +48,7 @@ class Preparation:
     activations: int | None = None
     attention: int | None = None
     weights: str = "uniform"
+    relu: int = 0
 
     def __post_init__(self) -> None:
         if self.softmax not in SOFTMAX:
@@ -69,9 +72,9 @@ class Preparation:
         return "table" if str(kind) in dict(self.families) else self.scheme
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict; families and widths of activations only where there are any."""
+        """A plain dict; families, widths of activations and steps of `relu` only where there are any."""
         facts = {**asdict(self), "rewrites": list(self.rewrites), "families": dict(self.families)}
-        optional = ("families", "activations", "attention")
+        optional = ("families", "activations", "attention", "relu")
         return {key: value for key, value in facts.items() if value or key not in optional}
 
 
@@ -93,6 +96,9 @@ from fewer than 8 bits there."""
 
 WEIGHTS_ONLY = replace(STRONG, activations=8, attention=8)
 """What integer hardware gains from: activations are computed on as 8 bits anyway, weights of few bits save memory."""
+
+RELU = replace(STRONG, relu=200)
+"""The MLPs of APHQ-ViT (2504.02508) and GLF-Q: no GELU to compute, at the price of a model that answers otherwise."""
 
 ADALOG = Preparation(("repq",), softmax="log2", families=(("fc2", "adalog"),))
 """AdaLog's base (2407.12951), which LampQ's results were published on, but softmax output in powers of two: no backend
@@ -121,7 +127,7 @@ class Recipe:
         description: one line for people.
         preparation: of model and number formats.
         compensate: True where the plan's weights and biases are made good site after site (`compensate`). Of several
-            answers two are, and compared once more.
+            answers each is, and they are compared once more.
         schedule: of the training that follows (`reconstruct`); of no steps where none does.
         free: names of penalties that the allocator answers to with free widths (`variables.free`), beside its tied
             answers to `penalties`. Activations are then limited as weights are, unless the budget limits them.
@@ -276,6 +282,18 @@ for _recipe in (
         False,
         "lampq+, then weights, steps, norms and biases learn from images: minutes, resumable",
         STRONG,
+        compensate=True,
+        schedule=TRAINING,
+    ),
+    Recipe(
+        "lampq+relu",
+        "output-error",
+        ("fisher-output", "fisher-context"),
+        "milp",
+        True,
+        False,
+        "lampq+rec of a model whose GELUs have become ReLUs, which cost no time",
+        RELU,
         compensate=True,
         schedule=TRAINING,
     ),

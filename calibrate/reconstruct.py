@@ -119,6 +119,7 @@ def reconstruct(
     seed: int = 0,
     progress: Progress | None = None,
     resume: Path | None = None,
+    teacher: nn.Module | None = None,
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
     """Learn codes, steps, biases and norms.
 
@@ -129,6 +130,7 @@ def reconstruct(
         schedule: what is trained, how long and how fast.
         seed: of drawn images and their changes.
         progress: called with steps done and their number.
+        teacher: what to learn from, where that is not `model` (`prepare.Prepared`).
         resume: file that keeps the state; where it is there, of the same work, the stage goes on from it.
 
     Returns:
@@ -137,11 +139,12 @@ def reconstruct(
     Raises:
         DataError: `resume` is the state of other work, or cannot be written; the loss is not finite.
     """
-    state, exact = Resume(resume), copy.deepcopy(model).float().eval().requires_grad_(False).to(images.device)
-    digest = _digest(quantised, exact, images, schedule, seed)
+    origin = _frozen(model, images.device)
+    exact = origin if teacher is None or teacher is model else _frozen(teacher, images.device)
+    state, digest = Resume(resume), _digest(quantised, (origin, exact), images, schedule, seed)
     precision = product_precision(images.device)
     linears = learning(quantised, precision)
-    _start_near(linears, exact, schedule.edge)
+    _start_near(linears, origin, schedule.edge)
     rest = _rest(quantised.model)
     matmuls = learning_matmuls(quantised)
     begin, tensors = state.load(digest)
@@ -275,6 +278,11 @@ def product_precision(device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
+def _frozen(model: nn.Module, device: torch.device) -> nn.Module:
+    """An fp32 copy on that device."""
+    return copy.deepcopy(model).float().eval().requires_grad_(False).to(device)
+
+
 def _start_near(linears: Mapping[str, LearningLinear], exact: nn.Module, edge: float) -> None:
     """Move weights from their codes towards the floating-point ones, as far as the codes stay the same."""
     for name, linear in linears.items():
@@ -327,11 +335,12 @@ def _restore(optimiser: torch.optim.Adam, tensors: Mapping[str, Tensor], step: i
         optimiser.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in own.items()}
 
 
-def _digest(quantised: Simulation, exact: nn.Module, images: Tensor, schedule: Schedule, seed: int) -> str:
+def _digest(quantised: Simulation, models: tuple[nn.Module, ...], images: Tensor, schedule: Schedule, seed: int) -> str:
     """SHA-256 of everything that the outcome depends on, hexadecimal."""
     precision = product_precision(images.device)
     digest = hashlib.sha256(f"{schedule.facts()}|{seed}|{torch.__version__}|{precision}|".encode())
-    digest.update(weights_digest(exact).encode() + weights_digest(quantised.model).encode())
+    for model in (*dict.fromkeys(models), quantised.model):
+        digest.update(weights_digest(model).encode())
     for site in quantised.description.sites:
         params = quantised.module(site.name).params
         for key, tensor in sorted(params.tensors.items()) if params is not None else ():

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lampq_rt import backends, files, plan_io, weights
+from lampq_rt.edits import replace_activations
 from lampq_rt.errors import CheckpointError, FormatError, ModelError, PlanError
 from lampq_rt.kernels import packing, reference
 from lampq_rt.plan import Plan, SiteParams
@@ -116,6 +117,7 @@ def _blank(architecture: Mapping[str, Any], plan: Plan) -> _Blank:
     skeleton = adapter.skeleton(architecture)
     description = adapter.describe(skeleton)
     check_sites(description, plan)
+    replace_activations(skeleton, plan.activations)
     module = adapter.integer(skeleton, plan.sites, "native", plan.residual_dtype)
     pairs = _paired(module, description, plan)
     return _Blank(

@@ -48,14 +48,14 @@ def calibrate(
     recipe: Annotated[
         str,
         typer.Option(
-            help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, lampq+, lampq+a, lampq+w, lampq+f or "
-            "lampq+rec."
+            help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, lampq+, lampq+a, lampq+w, lampq+f, "
+            "lampq+rec or lampq+relu."
         ),
     ] = "lampq",
     labels: Labels = None,
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,
     train_images: Annotated[
-        int, typer.Option(help="Images that lampq+rec trains on, drawn from the same folder.", min=1)
+        int, typer.Option(help="Images that lampq+rec or lampq+relu trains on, of the same folder.", min=1)
     ] = 512,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     target: Annotated[str, typer.Option(help="Whose formats may be used: any, cpu or cuda.")] = "any",

@@ -253,8 +253,8 @@ def compile(  # noqa: A001
     target = backends.resolve(device)
     description = check_plan(model, plan)
     adapter = adapter_for(model)
-    model = edited(model, plan.edits)
-    integer = adapter.integer(model, plan.sites, backend, plan.residual_dtype)
+    edited_model = edited(model, plan.edits, plan.activations)
+    integer = adapter.integer(edited_model, plan.sites, backend, plan.residual_dtype)
     left_out = backends.fallbacks(plan.sites, target)
     compiled = CompiledModel(integer, plan, adapter.architecture(model), left_out, description.image_bytes)
     compiled.tune = tune

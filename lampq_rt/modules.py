@@ -134,6 +134,14 @@ class IntegerLinear(nn.Module):
         step = self.input
         return step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend), self.table
 
+    @property
+    def clips_below_zero(self) -> bool:
+        """True where 0 is the input's least code: then making codes is a ReLU already, at no cost."""
+        least, _ = reference.code_range(self.input.bits)
+        if self.input_offset is None:
+            return self.input.zero_point == least
+        return bool((self.input_offset == least).all())
+
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of floating-point `x` in this linear's input format."""
         if self.vectors is not None:

@@ -112,7 +112,7 @@ class MlpPart(Part):
         self.norm = _norm(block.norm2, self.fc1, backend)
         self.scale = nn.Identity() if isinstance(self.fc2, IntegerLinear) else block.ls2
         self.act = mlp.act
-        self.fused = _is_gelu(mlp.act) and isinstance(self.fc1, IntegerLinear)
+        self.activation = _fused_activation(mlp.act, self.fc1, self.fc2)
 
     @property
     def reader(self) -> nn.Module:
@@ -124,11 +124,11 @@ class MlpPart(Part):
         dtype = self.island(x)
         if not isinstance(self.fc1, IntegerLinear):
             hidden = self.act(self.fc1(normed))
-        elif self.fused:
+        elif self.activation is not None:
             if isinstance(self.fc2, IntegerLinear):
-                hidden = self.fc1.to_codes(normed, self.fc2, "gelu")
+                hidden = self.fc1.to_codes(normed, self.fc2, self.activation)
             else:
-                hidden = self.fc1.to_float(normed, dtype, "gelu")
+                hidden = self.fc1.to_float(normed, dtype, self.activation)
             return _add_linear(x, self.fc2, self.scale, hidden, follower, out_is_float=False)
         else:
             if isinstance(self.fc2, IntegerLinear):
@@ -139,7 +139,7 @@ class MlpPart(Part):
     @property
     def only_kernels(self) -> bool:
         """See `Part.only_kernels`."""
-        integer = self.fused and isinstance(self.fc2, IntegerLinear)
+        integer = self.activation is not None and isinstance(self.fc2, IntegerLinear)
         return integer and isinstance(self.norm, QuantizingNorm) and self.norm.is_layernorm
 
     def islands(self) -> list[nn.Module]:
@@ -310,6 +310,12 @@ def _add_linear(
     return x, None if follower is None else follower.enter(x)
 
 
-def _is_gelu(act: nn.Module) -> bool:
-    """True for the erf form, which the kernels have."""
-    return type(act).__name__ == "GELU" and getattr(act, "approximate", "none") == "none"
+def _fused_activation(act: nn.Module, fc1: nn.Module, fc2: nn.Module) -> str | None:
+    """What fc1's op applies in the place of `act`, or None where torch has to apply it."""
+    if not isinstance(fc1, IntegerLinear):
+        return None
+    if type(act).__name__ == "GELU" and getattr(act, "approximate", "none") == "none":
+        return "gelu"  # the erf form
+    if type(act) is nn.ReLU and isinstance(fc2, IntegerLinear) and fc2.clips_below_zero:
+        return "none"
+    return None

@@ -65,6 +65,8 @@ class Plan:
         provenance: JSON-able facts: calibration images, metric, allocator, budgets, objective, gap, versions.
         residual_dtype: dtype of the residual stream and of 16-bit layers on a GPU: "float16", "bfloat16" or "float32".
         edits: fp32 parameters of the model that the plan replaces, by name (see `edits`).
+        activations: activation functions of the model that the plan replaces, by the name of their module; "relu" is
+            the only one there is (`calibrate.relu`).
     """
 
     model: str
@@ -73,6 +75,7 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     residual_dtype: str = "float16"
     edits: Mapping[str, Tensor] = field(default_factory=dict)
+    activations: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def mean_bits(self) -> float:
@@ -83,7 +86,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over weights digest, formats, tensors and edits, hexadecimal: equal plans compile to equal models."""
+        """SHA-256 over all but the provenance, hexadecimal: equal plans compile to equal models."""
         digest = hashlib.sha256(self.weights_digest.encode())
         for name, params in self.sites.items():
             digest.update(f"{name}|{params.kind}|{sorted(params.formats.items())}|".encode())
@@ -91,6 +94,8 @@ class Plan:
                 update_digest(digest, key, params.tensors[key])
         for name in sorted(self.edits):
             update_digest(digest, name, self.edits[name])
+        for name, activation in sorted(self.activations.items()):
+            digest.update(f"{name}|{activation}|".encode())
         return digest.hexdigest()
 
     def with_sites(self, sites: Mapping[str, SiteParams]) -> Plan:
@@ -125,9 +130,9 @@ class Plan:
 
     def diff(self, other: Plan) -> list[str]:
         """Differences to `other`, one line each, for people."""
-        from lampq_rt import plan_io
+        from lampq_rt import plan_diff
 
-        return plan_io.diff(self, other)
+        return plan_diff.diff(self, other)
 
 
 def weights_digest(model: nn.Module) -> str:

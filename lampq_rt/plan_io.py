@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lampq_rt import files
+from lampq_rt.edits import ACTIVATIONS
 from lampq_rt.errors import FormatError, PlanError
 from lampq_rt.formats import Format
 from lampq_rt.kernels import reference
@@ -41,6 +42,9 @@ EDITS = "edits"
 _FORMAT = "lampq_rt plan"
 _TEXTS = ("format", "version", "written_by", "model", "weights_digest", "residual_dtype")
 _KEYS = (*_TEXTS, "mean_bits", "provenance", "sites")
+_REPLACED = "activations"
+"""A key that only plans have which replace some."""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+){0,15}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -82,7 +86,7 @@ def load(path: str | Path) -> Plan:
     raw = files.read_file(folder / JSON_NAME, what="plan", error=PlanError, limit=JSON_LIMIT)
     content = files.parse_json(raw, where=where, error=PlanError)
     _check_version(content, where)
-    _check_keys(content, (*_KEYS, "tensors", "sha256"), where)
+    _check_keys(content, (*_keys(content), "tensors", "sha256"), where)
     written = content.pop("sha256")
     everything = dict(content)
     entry = content.pop("tensors")
@@ -138,7 +142,8 @@ def document(plan: Plan) -> dict[str, Any]:
         _plain(plan.provenance, "provenance"),
         sites,
     )
-    return dict(zip(_KEYS, values, strict=True))
+    content = dict(zip(_KEYS, values, strict=True))
+    return {**content, _REPLACED: dict(sorted(plan.activations.items()))} if plan.activations else content
 
 
 def named_tensors(plan: Plan) -> dict[str, Tensor]:
@@ -163,7 +168,7 @@ def parse(content: Any, tensors: Mapping[str, Tensor], where: str) -> Plan:
         PlanError: names the field or the tensor, what came and what is allowed.
     """
     _check_version(content, where)
-    _check_keys(content, _KEYS, where)
+    _check_keys(content, _keys(content), where)
     for key in ("written_by", "model"):
         fits = isinstance(content[key], str) and 0 < len(content[key]) <= 200 and content[key].isprintable()
         _expect(fits, f"{where}: {key}", "a short text", content[key])
@@ -184,7 +189,8 @@ def parse(content: Any, tensors: Mapping[str, Tensor], where: str) -> Plan:
             raise PlanError(f"{where}: sites: no entry for {site!r:.80}, of which there is a tensor {key!r:.80}")
         by_site[site][key] = tensor
     sites = {name: _parse_site(name, entry, by_site[name], where) for name, entry in entries.items()}
-    return Plan(content["model"], digest, sites, provenance, dtype, _parse_edits(by_site[EDITS], where))
+    edits, activations = _parse_edits(by_site[EDITS], where), _parse_activations(content.get(_REPLACED, {}), where)
+    return Plan(content["model"], digest, sites, provenance, dtype, edits, activations)
 
 
 def _parse_edits(edits: dict[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -194,6 +200,15 @@ def _parse_edits(edits: dict[str, Tensor], where: str) -> dict[str, Tensor]:
         fits = tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
         _expect(fits, path, "finite numbers in torch.float32", f"{tensor.dtype} {list(tensor.shape)}")
     return edits
+
+
+def _parse_activations(found: Any, where: str) -> dict[str, str]:
+    path = f"{where}: {_REPLACED}"
+    _expect(isinstance(found, dict) and len(found) <= MAX_SITES, path, "an object with names of modules", found)
+    for name, activation in found.items():
+        _expect(len(name) <= 200 and _NAME.fullmatch(name), path, "a module's qualified name", name)
+        _expect(activation in list(ACTIVATIONS), f"{path}[{name!r:.80}]", " or ".join(ACTIVATIONS), activation)
+    return found
 
 
 def _parse_site(name: str, entry: Any, tensors: dict[str, Tensor], where: str) -> SiteParams:
@@ -276,6 +291,11 @@ def _check_version(content: Any, where: str) -> None:
     _expect(fits, f"{where}: version", f"{VERSION}, which this lampq_rt {__version__} reads", version)
 
 
+def _keys(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those that it must have."""
+    return (*_KEYS, _REPLACED) if _REPLACED in content else _KEYS
+
+
 def _check_keys(value: Any, keys: tuple[str, ...], path: str) -> None:
     """Refuse what is not an object with exactly these keys."""
     if not isinstance(value, dict):
@@ -325,75 +345,3 @@ def _text(content: Mapping[str, Any]) -> str:
 def _site_text(site: Mapping[str, Any]) -> str:
     formats = ",\n".join(f"   {json.dumps(operand)}: {json.dumps(fmt)}" for operand, fmt in site["formats"].items())
     return f'{{"kind": {json.dumps(site["kind"])}, "params": {site["params"]}, "formats": {{\n{formats}}}}}'
-
-
-def diff(a: Plan, b: Plan) -> list[str]:
-    """Differences of two plans, one line each, for people; empty where there are none.
-
-    Steps are compared where the format is the same: another width has other steps anyway.
-    """
-    lines = [
-        f"{key}: {x} -> {y}"
-        for key, x, y in (
-            ("model", a.model, b.model),
-            ("weights", f"{a.weights_digest[:16]}…", f"{b.weights_digest[:16]}…"),
-            ("residual dtype", a.residual_dtype, b.residual_dtype),
-            ("mean bits", f"{a.mean_bits:.4f}", f"{b.mean_bits:.4f}"),
-        )
-        if x != y
-    ]
-    for name in dict.fromkeys((*a.sites, *b.sites)):
-        if name not in b.sites or name not in a.sites:
-            lines.append(f"{name}: only in the {'first' if name in a.sites else 'second'} plan")
-        else:
-            lines += [f"{name}: {text}" for text in _site_differences(a.sites[name], b.sites[name])]
-    for name in sorted({*a.edits, *b.edits}):
-        difference = _tensor_difference(f"edit of {name}", a.edits.get(name), b.edits.get(name))
-        lines += [difference] if difference else []
-    first, second = (dict(_leaves(plan.provenance, "provenance")) for plan in (a, b))
-    for path in sorted({*first, *second}):
-        x, y = (repr(side[path]) if path in side else "nothing" for side in (first, second))
-        if x != y:
-            lines.append(f"{path}: {x:.80} -> {y:.80}")
-    return lines
-
-
-def _site_differences(a: SiteParams, b: SiteParams) -> Iterator[str]:
-    if a.kind is not b.kind or a.params != b.params:
-        yield f"{a.kind} of {a.params} parameters -> {b.kind} of {b.params}"
-        return
-    for operand, x in a.formats.items():
-        y = b.formats[operand]
-        if x.bits != y.bits:
-            yield f"{operand} {x.bits} -> {y.bits} bits"
-        for field in ("scheme", "granularity", "symmetric"):
-            if not (x.is_float or y.is_float) and getattr(x, field) != getattr(y, field):
-                yield f"{operand} {field} {getattr(x, field)} -> {getattr(y, field)}"
-        if x == y:
-            keys = sorted(key for key in {*a.tensors, *b.tensors} if key.startswith(f"{operand}."))
-            yield from filter(None, (_tensor_difference(key, a.tensors.get(key), b.tensors.get(key)) for key in keys))
-
-
-def _tensor_difference(key: str, a: Tensor | None, b: Tensor | None) -> str | None:
-    if a is None or b is None:
-        return f"{key} only in the {'second' if a is None else 'first'} plan"
-    if a.shape != b.shape:
-        return f"{key} has shape {list(a.shape)} -> {list(b.shape)}"
-    if torch.equal(a.cpu(), b.cpu()):
-        return None
-    if key.endswith(".scale"):
-        return f"{key} changed by up to {100 * float((b.cpu() / a.cpu() - 1).abs().max()):.3g} %"
-    if a.is_floating_point():  # zero-points of channels, in steps; edits
-        return f"{key} moved by up to {float((b.cpu() - a.cpu()).abs().max()):.3g}"
-    if a.numel() == 1:
-        return f"{key} {int(a)} -> {int(b)}"
-    return f"{key}: {int((a.cpu() != b.cpu()).sum())} of {a.numel()} codes differ"
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Paths and values of nested objects; a list is one value."""
-    if not isinstance(value, Mapping):
-        yield path, value
-        return
-    for key, inner in value.items():
-        yield from _leaves(inner, f"{path}.{key}")

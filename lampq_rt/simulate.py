@@ -167,6 +167,6 @@ def simulate(model: nn.Module, plan: Plan) -> Simulation:
     from lampq_rt.compiler import check_plan
 
     check_plan(model, plan)
-    simulation = Simulation(edited(model, plan.edits))
+    simulation = Simulation(edited(model, plan.edits, plan.activations))
     simulation.set(plan.sites)
     return simulation

@@ -322,6 +322,14 @@ def test_a_whole_model_with_tables(channels: bool) -> None:
     assert_model(*cases.table_case(5, channels))
 
 
+def test_a_whole_model_with_relus() -> None:
+    """fc1's codes clip at 0 (`IntegerLinear.clips_below_zero`): no kernel has a ReLU."""
+    model, images = tiny_vit(act_layer=nn.ReLU), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    plan = range_plan(model, images, 5)
+    assert all(block.mlp.activation == "none" for block in lampq_rt.compile(model, plan, backend="triton").model.blocks)
+    assert_model(model, plan, images)
+
+
 @pytest.mark.parametrize(
     "bits", [8, {"default": 8, "qkv": 16, "fc2": 16}, {"default": 8, "qk": 16, "pv": 16, "proj": 16}]
 )
