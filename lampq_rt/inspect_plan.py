@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "mean_bits": round(plan.mean_bits, 6),
         "weight_bytes": weight_bytes(plan),
         "residual_dtype": plan.residual_dtype,
+        "activations": dict(plan.activations),
         "provenance": dict(plan.provenance),
         "layers": [asdict(layer) for layer in layers(plan)],
     }
@@ -134,6 +136,9 @@ def summary(plan: Plan) -> Group:
         "in floating point": ", ".join(entry["name"] for entry in facts.get("skipped", []))
         or "nothing but norms and sums",
     }
+    if plan.activations:
+        counts = Counter(plan.activations.values()).items()
+        lines["activations"] = ", ".join(f"{name} in the place of the model's own in {n} MLPs" for name, n in counts)
     for label, text in lines.items():
         table.add_row(label, Text(text or "–"))
     return titled(f"Plan for {plan.model}", table)

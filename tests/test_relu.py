@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import lampq_rt
-from lampq_rt import Plan, backends
+from lampq_rt import Plan, backends, inspect_plan
 from lampq_rt.adapters import describe
 from lampq_rt.calibrate import RECIPES, Budget, Calibration, calibrate
 from lampq_rt.calibrate.reconstruct import Schedule
@@ -169,6 +170,10 @@ def test_a_plan_keeps_it(tmp_path: Path, plan: Plan) -> None:
     without = replace(plan, activations={})
     assert without.digest != plan.digest
     assert "blocks.1.mlp.act: the model's own -> relu" in without.diff(plan)
+    assert inspect_plan.facts(plan)["activations"] == RELU
+    with (console := Console(width=200)).capture() as shown:
+        console.print(inspect_plan.summary(plan))
+    assert "relu in the place of the model's own in 2 MLPs" in shown.get()
     without.save(tmp_path / "y.plan")
     assert "activations" not in json.loads((tmp_path / "y.plan" / "plan.json").read_text())
 
