@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lampq_rt import channels
-from lampq_rt.calibrate import spd
+from lampq_rt.calibrate import parts, spd
 from lampq_rt.calibrate.observe import (
     BATCH,
     LOGIT_IMAGES,
@@ -61,9 +61,6 @@ of an image, or of ten), but all other tokens attend to them, and a step that cl
 
 TOGETHER = 32
 """Images whose inputs of a site are in memory together, and whose rows are summed in one product."""
-
-PART = 1 << 18
-"""Values of a site's inputs that are quantised at once."""
 
 LEAST_SHARE, MOST_SHARE = 0.02, 0.7
 """Of the prefix tokens in what all rows count. In the last block nothing else is read, but these are one row an image,
@@ -248,7 +245,7 @@ class _Linear:
         features, centre = self.weight.shape[1], torch.empty(0)
         mean, mean_lost = self.weight.new_zeros(2, features)
         moment, cross = self.weight.new_zeros(2, features, features)
-        for rows, worth in self._parts(self.inputs, self.worth, size=PART // features):
+        for rows, worth in self._parts(self.inputs, self.worth, size=parts.rows(features, parts.LONG)):
             x = quantized_input(rows, params)
             lost = channels.scaled_input(rows - x, params)
             x = channels.scaled_input(x, params)

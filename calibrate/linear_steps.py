@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from lampq_rt import channels
+from lampq_rt.calibrate import parts
 from lampq_rt.calibrate.observe import LinearObservation
 from lampq_rt.calibrate.rounding import gptq, weighted_moment
 from lampq_rt.calibrate.search import RangeSearch, Steps, weight_steps
 from lampq_rt.calibrate.search.base import LinearSolver
 from lampq_rt.calibrate.search.families import FAMILIES
 from lampq_rt.calibrate.search.output_error import row_worth
-from lampq_rt.calibrate.search.table import CODES, HISTOGRAM_BLOCK, code_histogram
+from lampq_rt.calibrate.search.table import CODES, code_histogram
 from lampq_rt.formats import Format
 from lampq_rt.inputs import quantized_input
 from lampq_rt.plan import SiteParams
@@ -145,7 +146,7 @@ class LinearSteps:
 
     def _parts(self, seen: LinearObservation) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and what they count, some at a time: quantising makes four arrays of their size."""
-        size = max(1, HISTOGRAM_BLOCK // seen.rows.shape[1])
+        size = parts.rows(seen.rows.shape[1])
         return zip(seen.rows.split(size), self.worth.split(size), strict=True)
 
 

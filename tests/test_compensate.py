@@ -120,7 +120,7 @@ def test_floating_point_layers_take_the_rewritten_weight() -> None:
     name = "blocks.0.attn.qkv"
     floating = replace(plan.sites[name], formats=dict.fromkeys(("weight", "input"), FLOAT), tensors={})
     mixture = {**plan.sites, name: floating}
-    sites, edits, _ = finished(prepared.measurements, model, prepared.model, [mixture], recipe)
+    sites, edits, _ = finished(prepared.measurements, model, prepared.ready, [mixture], recipe)
     assert f"{name}.weight" in edits
     mixed = replace(plan, sites=sites, edits=edits)
     with torch.inference_mode():
@@ -136,7 +136,7 @@ def test_the_better_of_two_candidates_is_kept() -> None:
     m, every = prepared.measurements, prepared.description.sites
     few, many = (prepared._bare({s.name: m.formats(s, bits) for s in every}) for bits in (2, 8))
     for candidates, best in (([few, many], 1), ([many, few], 0)):
-        sites, _, kept = finished(m, model, prepared.model, candidates, recipe)
+        sites, _, kept = finished(m, model, prepared.ready, candidates, recipe)
         assert kept == best and {p.formats["weight"].bits for p in sites.values() if "weight" in p.formats} == {8}
 
 

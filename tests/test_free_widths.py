@@ -288,7 +288,7 @@ def test_unequal_widths_run_alike_everywhere(
     bits = dict(zip((v.name for v in chosen), widths, strict=True))
     formats = prepared.problems.formats(chosen, bits, 6)
     plan = calibration.plan(Budget(mean_bits=6), "fast")
-    sites, edits, _ = finished(m, model, prepared.model, [prepared._bare(formats)], RECIPES.get("lampq+f"))
+    sites, edits, _ = finished(m, model, prepared.ready, [prepared._bare(formats)], RECIPES.get("lampq+f"))
     mixed = replace(plan, sites=sites, edits=edits)
     reached = {n: tuple(f.bits for f in p.formats.values()) for n, p in mixed.sites.items()}
     assert reached["blocks.0.attn.qkv"] == widths[:2] and reached["blocks.0.attn.qk"] == widths[2:3] * 2

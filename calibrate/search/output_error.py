@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from lampq_rt.calibrate import parts
 from lampq_rt.calibrate.observe import LinearObservation, PVObservation, QKObservation
 from lampq_rt.calibrate.search.base import (
     SEARCHES,
@@ -60,12 +61,6 @@ STRIDES = (8, 2)
 
 BINS = 8192
 """Bins of the histogram; empty ones cost nothing later."""
-
-HISTOGRAM_BLOCK = 1 << 16
-"""Values sorted into bins at once; each takes 30 bytes meanwhile."""
-
-ROWS_BLOCK = 1 << 16
-"""Values whose error is measured at once."""
 
 BLOCK = 1 << 15
 """Elements compared at once: few enough for the cache, and for torch not to wake its other threads."""
@@ -161,7 +156,7 @@ class LayerError:
         """The error with these steps."""
         scale, zero_point, total = steps.scale.to(self.rows.device), steps.zero_point, 0.0
         zero_point = None if zero_point is None else zero_point.to(scale.device)
-        size = max(1, ROWS_BLOCK // self.rows.shape[1])  # quantising makes four arrays of their size
+        size = parts.rows(self.rows.shape[1])  # quantising makes four arrays of their size
         for rows, root_worth in zip(self.rows.split(size), self.root_worth.split(size), strict=True):
             e = self.quantizer.fake_quantize(rows, scale, zero_point, self.fmt.bits).sub_(rows).mul_(root_worth)
             if self.gram is None:
@@ -241,7 +236,7 @@ def _histogram(rows: Tensor, column_worth: Tensor, row_worth: Tensor) -> tuple[T
     x, column_worth, row_worth = rows.cpu(), column_worth.cpu().double(), row_worth.cpu().double()
     low, high = float(x.min()), float(x.max())
     masses, sums = torch.zeros(2, BINS, dtype=torch.float64)
-    size = max(1, HISTOGRAM_BLOCK // x.shape[1])
+    size = parts.rows(x.shape[1])
     for part, worth in zip(x.split(size), row_worth.split(size), strict=True):
         mass = torch.outer(worth, column_worth).flatten()
         bins = ((part.double() - low) * (BINS / max(high - low, 1e-300))).flatten().long().clamp_(0, BINS - 1)

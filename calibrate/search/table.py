@@ -16,9 +16,6 @@ from lampq_rt.quantizers.table import ENTRIES
 
 CODES = ENTRIES
 
-HISTOGRAM_BLOCK = 1 << 16
-"""Codes that are best counted at once: each takes 24 bytes meanwhile."""
-
 
 def best_table(histogram: Tensor, bits: int) -> Tensor:
     """int8 [256]: the level of each 8-bit code, at most 2^bits different ones, in rising order.
