@@ -216,7 +216,7 @@ class _Linear:
         moment, cross, mean_hat = self._moments(params, weight)
         self.inputs.clear()
         trim()
-        weight = weight + _regression(moment, cross)
+        weight = weight + spd.ridge(moment, cross, RIDGE)
         found = rounded_weight(weight, params.formats["weight"], moment)
         params = replace(params, tensors={**params.tensors, **{key: tensor.cpu() for key, tensor in found.items()}})
         bias = None
@@ -289,17 +289,10 @@ class _Linear:
         return LinearObservation(sample, float(ends[0].min()), float(ends[1].max()), share / share.mean(), ends)
 
 
-def _regression(moment: Tensor, cross: Tensor) -> Tensor:
-    """dW fp32 [N, K] of M [K, K] and W cov(delta, x_hat) [N, K] (see the module's text)."""
-    damped = moment.double()
-    damped.diagonal().add_((RIDGE * moment.diagonal().mean().double()).clamp_min(1e-12))
-    return spd.solve(damped, cross.double().t()).t().float()
-
-
 def _together(batches: Iterator[tuple[Tensor, ...]]) -> Iterator[Tensor]:
     """A linear's inputs, several batches put together."""
-    while parts := list(islice(batches, TOGETHER // BATCH)):
-        yield torch.cat([x for (x,) in parts]) if len(parts) > 1 else parts[0][0]
+    while some := list(islice(batches, TOGETHER // BATCH)):
+        yield torch.cat([x for (x,) in some]) if len(some) > 1 else some[0][0]
 
 
 def _matmul(site: Site, batches: Iterator[tuple[Tensor, ...]], images: int) -> QKObservation | PVObservation:

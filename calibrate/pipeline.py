@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ class Calibration:
         material: Material = NO_MORE,
         preparation: Preparation = PLAIN,
     ) -> None:
-        self.original, self.material = model, material
+        self.original = model
         self.ready = prepared(model, images, preparation, seed, material.images, report)
         self.measurements = Measurements(
             self.ready.model,
@@ -179,7 +180,8 @@ class Calibration:
             teacher=self.ready.teacher,
         )
         if material.images is not None:
-            check_images(material.images, self.measurements.simulation)
+            material = replace(material, images=check_images(material.images, self.measurements.simulation))
+        self.material = material
         self._prepared: dict[Preparation, Calibration] = {preparation: self}
         self.description = self.measurements.description
         self.timed = TimedCosts(model, self.measurements.images.shape[1:], target, latency_table)
@@ -245,9 +247,15 @@ class Calibration:
         proposal = final[kept]
         facts = Facts(chosen, budget, limits, nominal, proposals, proposal, refined, tuple(edits))
         dtype = self.measurements.residual_dtype
-        activations = replaced_activations(self.original, self.ready.model)
-        facts_kept = provenance(self, facts, sites)
-        return Plan(self.model_name, self.weights_digest, sites, facts_kept, dtype, edits, activations)
+        return Plan(
+            self.model_name,
+            self.weights_digest,
+            sites,
+            provenance(self, facts, sites),
+            dtype,
+            edits,
+            replaced_activations(self.original, self.ready.model),
+        )
 
     def evidence(self, search: str, nominal: int, free: bool = False) -> SearchEvidence:
         """What penalties are made from, with the range search of that name, that nominal width, and those variables."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lampq_rt.calibrate import spd
 from lampq_rt.calibrate.transforms.base import Mlp, mlps, watch
 from lampq_rt.edits import ACTIVATIONS
 from lampq_rt.sites import Description
@@ -125,19 +126,17 @@ def _regress(mlp: Any, x: Tensor, wanted: Tensor) -> None:
     width, outputs = mlp.fc2.in_features, mlp.fc2.out_features
     old = mlp.fc2.weight.double()
     squares = torch.zeros(width, width, dtype=torch.float64, device=x.device)
-    products = torch.zeros(width, outputs, dtype=torch.float64, device=x.device)
+    products = squares.new_zeros(outputs, width)
     hidden_sum, rest_sum = squares.new_zeros(width), squares.new_zeros(outputs)
     for part, target in zip(x.split(BATCH), wanted.split(BATCH), strict=True):
         hidden = F.relu(mlp.fc1(part)).double()
         rest = target.double() - hidden @ old.T
         squares += hidden.T @ hidden
-        products += hidden.T @ rest
+        products += rest.T @ hidden
         hidden_sum += hidden.sum(0)
         rest_sum += rest.sum(0)
     mean, rest_mean = hidden_sum / len(x), rest_sum / len(x)
     covariance = squares / len(x) - torch.outer(mean, mean)
-    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp(min=1e-12))
-    change = torch.linalg.solve(covariance, products / len(x) - torch.outer(mean, rest_mean))
-    weight = old + change.T
-    mlp.fc2.weight.copy_(weight)
-    mlp.fc2.bias.copy_(rest_mean - change.T @ mean)
+    change = spd.ridge(covariance, products / len(x) - torch.outer(rest_mean, mean), RIDGE).double()
+    mlp.fc2.weight.copy_(old + change)
+    mlp.fc2.bias.copy_(rest_mean - change @ mean)

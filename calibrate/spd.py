@@ -29,6 +29,22 @@ def solve(a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy(_done(*lapack.dpotrs(factor, b.numpy(), lower=0)))
 
 
+def ridge(moment: Tensor, cross: Tensor, share: float) -> Tensor:
+    """Ridge regression: fp32 [N, K], cross (moment + lambda)^-1.
+
+    Args:
+        moment: cov(x, x), [K, K].
+        cross: cov(y, x), [N, K].
+        share: lambda, in times the mean of the moment's diagonal.
+
+    Raises:
+        ArithmeticError: `moment` is not positive semi-definite, or not finite.
+    """
+    damped = moment.to(torch.float64, copy=True)
+    damped.diagonal().add_((share * moment.diagonal().mean().double()).clamp_min(1e-12))
+    return solve(damped, cross.double().t()).t().float()
+
+
 def inverse_factor(a: Tensor) -> Tensor:
     """fp32 [K, K], upper triangular U with U^T U = a^-1.
 

@@ -65,8 +65,7 @@ class Plan:
         provenance: JSON-able facts: calibration images, metric, allocator, budgets, objective, gap, versions.
         residual_dtype: dtype of the residual stream and of 16-bit layers on a GPU: "float16", "bfloat16" or "float32".
         edits: fp32 parameters of the model that the plan replaces, by name (see `edits`).
-        activations: activation functions of the model that the plan replaces, by the name of their module; "relu" is
-            the only one there is (`calibrate.relu`).
+        activations: names of `edits.ACTIVATIONS`, by the name of the model's module that each replaces.
     """
 
     model: str
@@ -86,7 +85,10 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all but the provenance, hexadecimal: equal plans compile to equal models."""
+        """SHA-256 over weights digest, formats, tensors, edits and activations, hexadecimal.
+
+        Equal plans compile to equal models.
+        """
         digest = hashlib.sha256(self.weights_digest.encode())
         for name, params in self.sites.items():
             digest.update(f"{name}|{params.kind}|{sorted(params.formats.items())}|".encode())

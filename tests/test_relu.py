@@ -14,9 +14,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lampq_rt
-from lampq_rt import Plan, backends, inspect_plan
+from lampq_rt import Plan, backends, inspect_plan, plan_io
 from lampq_rt.adapters import describe
-from lampq_rt.calibrate import RECIPES, Budget, Calibration, calibrate
+from lampq_rt.calibrate import RECIPES, Budget, Calibration, Material, calibrate
 from lampq_rt.calibrate.reconstruct import Schedule
 from lampq_rt.calibrate.relu import to_relu
 from lampq_rt.errors import DataError, PlanError
@@ -195,10 +195,22 @@ def test_a_name_that_the_model_lacks(model: nn.Module, plan: Plan, name: str, wo
 
 
 @pytest.mark.parametrize("found", [{"blocks.0.mlp.act": "swish"}, {"../x": "relu"}, {"blocks.0.mlp.act": ["relu"]}, 3])
-def test_a_plan_that_asks_for_what_there_is_not(tmp_path: Path, plan: Plan, found: object) -> None:
-    with pytest.raises((PlanError, AttributeError), match="activations|items") as caught:
-        replace(plan, activations=found).save(tmp_path / "x.plan")  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value) and not (tmp_path / "x.plan").exists()
+def test_a_file_that_asks_for_what_there_is_not(plan: Plan, found: object) -> None:
+    content = {**plan_io.document(plan), "activations": found}
+    with pytest.raises(PlanError, match="here: activations") as caught:
+        plan_io.parse(content, plan_io.named_tensors(plan), "here")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_file_cannot_hold_is_not_written(tmp_path: Path, plan: Plan) -> None:
+    with pytest.raises(PlanError, match="expected relu; got 'swish'"):
+        replace(plan, activations={"blocks.0.mlp.act": "swish"}).save(tmp_path / "x.plan")
+    assert not (tmp_path / "x.plan").exists()
+
+
+def test_images_to_train_on_may_have_another_precision(model: nn.Module, images: Tensor) -> None:
+    material = calibrate(model, images[:8], material=Material(images.double())).material
+    assert material.images is not None and material.images.dtype == torch.float32
 
 
 def test_several_processes_are_refused(model: nn.Module, images: Tensor) -> None:

@@ -43,3 +43,15 @@ def test_the_matrix_itself_is_used_up() -> None:
 def test_what_is_not_positive_definite_is_refused(work: object) -> None:
     with pytest.raises(ArithmeticError, match="not positive definite"):
         work(-matrix(4))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_ridge_regression_solves_its_normal_equations(dtype: torch.dtype) -> None:
+    source = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 6, generator=source, dtype=dtype), torch.randn(50, 3, generator=source, dtype=dtype)
+    moment, cross = x.T @ x, y.T @ x
+    before = moment.clone()
+    found = spd.ridge(moment, cross, 0.1)
+    damping = 0.1 * moment.diagonal().mean() * torch.eye(6, dtype=dtype)
+    torch.testing.assert_close(found.to(dtype) @ (moment + damping), cross, rtol=1e-4, atol=1e-4)
+    assert torch.equal(moment, before) and found.dtype == torch.float32
