@@ -244,7 +244,7 @@ class _Linear:
         """
         features, centre = self.weight.shape[1], torch.empty(0)
         mean, mean_lost = self.weight.new_zeros(2, features)
-        moment, cross = self.weight.new_zeros(2, features, features)
+        moment, cross = (self.weight.new_zeros(features, features) for _ in range(2))  # one outlives the other
         for rows, worth in self._parts(self.inputs, self.worth, size=parts.rows(features, parts.LONG)):
             x = quantized_input(rows, params)
             lost = channels.scaled_input(rows - x, params)

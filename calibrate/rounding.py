@@ -61,12 +61,13 @@ def gptq(
     order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = _inverse_factor(hessian, order, damping)
     work = (weight[:, order].float() / scale[:, None]).t().contiguous()  # [K, N] in units of the step
-    codes = torch.empty_like(work)
+    codes = torch.empty(work.shape, dtype=torch.int8, device=work.device)
     values = None if levels is None else levels.to(weight.device, torch.float32)
     for start in range(0, len(work), BLOCK):
         stop = min(start + BLOCK, len(work))
         block, errors = work[start:stop], torch.empty_like(work[start:stop])
-        factor = upper[start:stop, start:stop]
+        rows = upper[start:stop, start:].t().float()  # of all rows in fp32 there would be half as much again
+        factor, later = rows[: stop - start].t(), rows[stop - start :]
         for i in range(stop - start):
             if values is None:
                 codes[start + i] = rounded = block[i].round().clamp_(low, high)
@@ -75,14 +76,16 @@ def gptq(
                 codes[start + i], rounded = places + low, values[places]
             errors[i] = (block[i] - rounded) / factor[i, i]
             block[i + 1 :] -= torch.outer(factor[i, i + 1 :], errors[i])
-        work[stop:] -= upper[start:stop, stop:].t() @ errors
+        work[stop:] -= later @ errors
     result = torch.empty_like(codes)
     result[order] = codes
-    return result.t().to(torch.int8).contiguous()
+    return result.t().contiguous()
 
 
 def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
-    """fp32 [K, K], upper triangular: Cholesky's factor of the inverse of the damped `hessian` in that order."""
-    h = hessian[order[:, None], order].double()
+    """fp64 [K, K], upper triangular: Cholesky's factor of the inverse of the damped `hessian` in that order."""
+    h = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
+    for some in range(0, len(h), BLOCK):
+        h[some : some + BLOCK] = hessian[order[some : some + BLOCK, None], order]
     h.diagonal().add_((damping * h.diagonal().mean()).clamp_min(1e-12))
     return spd.inverse_factor(h)

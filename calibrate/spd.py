@@ -18,7 +18,7 @@ def solve(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: fp64 [K, K], contiguous, positive definite; used up.
-        b: fp64 [K, N].
+        b: fp64 [K, N]; used up where its columns are contiguous.
 
     Raises:
         ArithmeticError: `a` is not positive definite.
@@ -26,7 +26,7 @@ def solve(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type != "cpu":
         return torch.cholesky_solve(b, torch.linalg.cholesky(a))
     factor = _done(*lapack.dpotrf(a.numpy().T, lower=0, clean=0, overwrite_a=1))
-    return torch.from_numpy(_done(*lapack.dpotrs(factor, b.numpy(), lower=0)))
+    return torch.from_numpy(_done(*lapack.dpotrs(factor, b.numpy(), lower=0, overwrite_b=1)))
 
 
 def ridge(moment: Tensor, cross: Tensor, share: float) -> Tensor:
@@ -42,11 +42,11 @@ def ridge(moment: Tensor, cross: Tensor, share: float) -> Tensor:
     """
     damped = moment.to(torch.float64, copy=True)
     damped.diagonal().add_((share * moment.diagonal().mean().double()).clamp_min(1e-12))
-    return solve(damped, cross.double().t()).t().float()
+    return solve(damped, cross.to(torch.float64, copy=True).t()).t().float()
 
 
 def inverse_factor(a: Tensor) -> Tensor:
-    """fp32 [K, K], upper triangular U with U^T U = a^-1.
+    """fp64 [K, K], upper triangular U with U^T U = a^-1, in the memory of `a`.
 
     Args:
         a: fp64 [K, K], contiguous, positive definite; used up.
@@ -56,11 +56,11 @@ def inverse_factor(a: Tensor) -> Tensor:
     """
     if a.device.type != "cpu":
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(a))
-        return torch.linalg.cholesky(inverse, upper=True).float()
+        return torch.linalg.cholesky(inverse, upper=True)
     upper = _done(*lapack.dpotrf(a.numpy().T, lower=0, clean=0, overwrite_a=1))
     inverse = _done(*lapack.dpotri(upper, lower=0, overwrite_c=1))
     upper = _done(*lapack.dpotrf(inverse, lower=0, clean=0, overwrite_a=1))
-    return torch.from_numpy(upper.T).float().tril_().t()
+    return torch.from_numpy(upper.T).tril_().t()
 
 
 def _done(found: Any, info: int) -> Any:
