@@ -27,7 +27,7 @@ quickstart: $(STAMP)  ## Run the whole job on the embedded digits model: no netw
 
 test: $(STAMP)  ## Run the tests, two processes of one thread each
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/test_triton_interpreter.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 check: $(STAMP)  ## Lint, check the types of the package as it installs, hold files to 400 lines
 	$(BIN)/python -m ruff check .

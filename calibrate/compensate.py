@@ -217,6 +217,7 @@ class _Linear:
         self.inputs.clear()
         trim()
         weight = weight + spd.ridge(moment, cross, RIDGE)
+        del cross
         found = rounded_weight(weight, params.formats["weight"], moment)
         params = replace(params, tensors={**params.tensors, **{key: tensor.cpu() for key, tensor in found.items()}})
         bias = None

@@ -60,7 +60,8 @@ def gptq(
     low, high = reference.code_range(bits, weight=True)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = _inverse_factor(hessian, order, damping)
-    work = (weight[:, order].float() / scale[:, None]).t().contiguous()  # [K, N] in units of the step
+    work = weight.t()[order].float()  # [K, N], a copy
+    work /= scale  # in units of the step
     codes = torch.empty(work.shape, dtype=torch.int8, device=work.device)
     values = None if levels is None else levels.to(weight.device, torch.float32)
     for start in range(0, len(work), BLOCK):

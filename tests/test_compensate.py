@@ -71,6 +71,7 @@ def test_every_kind_of_vit(variant: str, recipe: str) -> None:
         assert int(alike.sum()) >= len(images) - 1
 
 
+@pytest.mark.usefixtures("short_trainings")
 @pytest.mark.parametrize("recipe", REWRITING)
 def test_plans_survive_the_disk(recipe: str, tmp_path: Path) -> None:
     model = tiny_vit(init_values=0.5)
@@ -87,6 +88,7 @@ def test_plans_survive_the_disk(recipe: str, tmp_path: Path) -> None:
     assert again.plan.digest == plan.digest
 
 
+@pytest.mark.usefixtures("short_trainings")
 @pytest.mark.parametrize("recipe", STRONG)
 def test_equal_work_gives_equal_plans(recipe: str) -> None:
     model = tiny_vit()

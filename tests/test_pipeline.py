@@ -71,6 +71,7 @@ def same(a: Plan, b: Plan) -> bool:
     return True
 
 
+@pytest.mark.usefixtures("short_trainings")
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_every_recipe_gives_a_plan_that_fits_model_and_budget(
     calibration: Calibration, model: VisionTransformer, images: Tensor, recipe: str

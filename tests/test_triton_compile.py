@@ -29,6 +29,12 @@ ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100", "gfx942")
 
 LARGE = configs.LinearConfig()
 SMALL = configs.LinearConfig(64, 64, 128, warps=4, stages=4)
+WHOLE_ATTENTION = ((197, 64), (577, 80))
+"""Compiled with every scheme of P and every output."""
+
+TURNS = 7
+"""Other shapes compile each seventh of these, starting elsewhere every time: one takes ptxas two seconds."""
+
 COLUMNS = {"requant": 3072, "gelu": 3072, "channels": 3072, "residual": 768, "float": 768, "heads": 2304}
 """Of ViT-Base's linears, by epilogue."""
 
@@ -287,8 +293,9 @@ def interpreted(group: str) -> Iterator[cases.Case]:
     elif group == "qkv":
         yield from (cases.qkv_case(case, bits) for case in cases.QKV for bits in cases.QKV_BITS)
     elif group == "attention":
-        for tokens, head_dim in cases.ATTENTION:
-            yield from cases.attention_cases(tokens, head_dim)
+        for turn, shape in enumerate(cases.ATTENTION):
+            every = list(cases.attention_cases(*shape))
+            yield from every if shape in WHOLE_ATTENTION else every[turn % TURNS :: TURNS]
     elif group == "heads":
         for tokens, head_dim in cases.HEADS:
             for affine in cases.AFFINE:
