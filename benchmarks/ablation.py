@@ -26,7 +26,7 @@ from lampq_rt.calibrate.recipes import PLAIN, Recipe
 from lampq_rt.evaluate import kl_divergence
 
 CALIBRATION = 32
-HELD_OUT = 200
+HELD_OUT = 400
 
 console = Console()
 

@@ -3,8 +3,8 @@
     python -m benchmarks.formats_ablation --data DIR [--bits 4] [--out docs/calibration.md]
 
 Base: recipe `uniform`, rounding to nearest. Families of levels (`calibrate/search/families`) stand at the inputs of
-fc2, or of all linears of the blocks; softmax output is `rowmax` or `log2`. All run on the same kernels. Judged as
-`benchmarks.ablation` does, by KL to fp32 on images of `calib1000` that calibrate nothing.
+fc2, or of all linears of the blocks; softmax output is `rowmax`, `log2` or `cubic`. All run on the same kernels. Judged
+as `benchmarks.ablation` does, by KL to fp32 on images of `calib1000` that calibrate nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from lampq_rt.calibrate.search.families import FAMILIES
 PLACES = {"fc2": ("fc2",), "all inputs": tuple(map(str, TABLE_KINDS))}
 """Kinds of linears whose inputs get levels from a family, by what the table calls them."""
 
+SOFTMAX = ("log2", "cubic")
+"""In the place of `rowmax`."""
+
 
 def trial(place: str, family: str, softmax: str = "rowmax") -> Preparation:
     """`family` at `place`, and that scheme of softmax output."""
@@ -34,11 +37,13 @@ def trial(place: str, family: str, softmax: str = "rowmax") -> Preparation:
 
 def rows() -> Iterator[tuple[str, Recipe]]:
     """Label and recipe of every row; registered under the label where it is none of those that exist."""
-    preparations = {"uniform bits, rowmax": PLAIN, "log2 softmax": replace(PLAIN, softmax="log2")}
+    preparations = {"uniform bits, rowmax": PLAIN}
+    preparations |= {f"{softmax} softmax": replace(PLAIN, softmax=softmax) for softmax in SOFTMAX}
     for place in PLACES:
         preparations |= {f"{family} at {place}": trial(place, family) for family in FAMILIES}
     for place, family in (("fc2", "adalog"), ("all inputs", "optimal")):
-        preparations[f"{family} at {place}, log2 softmax"] = trial(place, family, "log2")
+        for softmax in SOFTMAX:
+            preparations[f"{family} at {place}, {softmax} softmax"] = trial(place, family, softmax)
     for label, preparation in preparations.items():
         recipe = replace(RECIPES.get("uniform"), name=label, preparation=preparation)
         RECIPES.register(label)(recipe)
