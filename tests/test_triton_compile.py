@@ -148,6 +148,16 @@ def test_split_k(arch: str) -> None:
     check(linear_launch(arch, "residual", configs.LinearConfig(64, 64, 128, split_k=4, warps=4, stages=2)), store=4)
 
 
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("epilogue", ["requant", "gelu", "residual"])
+def test_partial_sums_become_zero_after_all_have_read_them(arch: str, epilogue: str) -> None:
+    """Loads and the stores of zeros have layouts of their own, so that a thread stores where another one loads."""
+    config = configs.LinearConfig(64, 64, 128, split_k=4, warps=4, stages=2)
+    text = offline.build(linear_launch(arch, epilogue, config)).asm["ptx"]
+    after = text[text.rindex("ld.volatile.global") :]
+    assert 0 < after.index("bar.sync") < after.index("st.global")
+
+
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
 def test_three_heads_are_stored_in_wide_pieces(arch: str) -> None:
     """DeiT-Tiny: columns of a tile belong to heads of q and of k."""

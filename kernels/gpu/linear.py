@@ -202,6 +202,7 @@ def linear_kernel(
         if arrived < SPLIT_K - 1:
             return
         acc = tl.load(partial_ptr + place, mask=mask, other=0, volatile=True)
+        tl.debug_barrier()  # zeros may be stored by other threads than those that load there
         tl.store(partial_ptr + place, tl.zeros_like(acc), mask=mask)
         tl.store(lock_ptr + pid, 0)
 

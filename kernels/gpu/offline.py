@@ -111,12 +111,19 @@ def recording(arch: str) -> Iterator[list[Launch]]:
         JITFunction.run, start.device_of = run, device
 
 
-def compile_launch(launch: Launch) -> Compiled:
-    """Compile what `launch` would have run; Triton's cache makes the second time quick."""
+def build(launch: Launch) -> Any:
+    """Triton's compiled kernel of what `launch` would have run, with its texts by name in `asm`.
+
+    It is kept in Triton's cache, where a later launch of the same kernel on a GPU of that kind finds it, too.
+    """
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
-    target = target_of(launch.arch)
-    made = triton.compile(source, target=target, options=dict(launch.options))
-    if target.backend == "hip":
+    return triton.compile(source, target=target_of(launch.arch), options=dict(launch.options))
+
+
+def compile_launch(launch: Launch) -> Compiled:
+    """What the compiler made of `launch`, read from its assembly."""
+    made = build(launch)
+    if launch.arch.startswith("gfx"):
         return read_amd(launch.arch, made.asm["amdgcn"], made.metadata.shared)
     return read_nvidia(launch.arch, made.asm["ptx"], made.asm["sass"], made.metadata.shared)
 
