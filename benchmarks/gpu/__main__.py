@@ -3,15 +3,18 @@ packages.
 
     python -m benchmarks.gpu --minutes 9 --out DIR [--resume FILE] [--weights FILE]
 
-The most valuable comes first. Every part is a process of its own with a time limit; its result is written as soon as
-it is there, a part that fails is recorded with the end of its output, and the rest goes on. A second call with
-`--resume` (by default the results kept in benchmarks/results) goes on where the first stopped, and does again what
-the kernels' sources have outdated. DIR then holds results.json, tuning tables and a log: at most eight files.
+The most valuable comes first. Every part is a process of its own with a time limit; what it finds is kept row by row,
+a part that fails or is stopped is recorded with its rows and the end of its output, and the rest goes on. A second
+call with `--resume` (by default the results kept in benchmarks/results) goes on where the first stopped, with the
+tuning of the first, and does again what the kernels' sources have outdated. DIR then holds results.json, tuning tables
+and a log: at most eight files.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,7 +26,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu.plan import PARTS, Part, sources_digest
+from benchmarks.gpu.plan import PARTS, PER_MACHINE, Part, sources_digest
+from lampq_rt.kernels.gpu import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -46,18 +50,40 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     digest = sources_digest()
     done: dict[str, Any] = json.loads(resume.read_text())["parts"] if resume.is_file() else {}
+    done = {name: entry for name, entry in done.items() if name not in PER_MACHINE}
+    restore_tables(done, digest)
     for part in PARTS:
-        old = done.get(part.name)
-        if not part.name.startswith(only) or (old and old["ok"] and old["sources"] == digest):
+        if not part.name.startswith(only) or is_done(done.get(part.name), digest):
             continue
         left = deadline - time.monotonic() - RESERVE_S
-        if left < part.least_s:
+        if part.needs and importlib.util.find_spec(part.needs) is None:
+            typer.echo(f"{part.name}: left out, {part.needs} is not installed")
+        elif left < part.least_s:
             typer.echo(f"{part.name}: left for the next call ({left:.0f} s remain, {part.least_s} s needed)")
-            continue
-        done[part.name] = {**_run(part, min(left, part.limit_s), out, weights), "sources": digest}
-        (out / "results.json").write_text(json.dumps({"parts": done}, indent=1))
-    (out / "results.json").write_text(json.dumps({"parts": done}, indent=1))
+        else:
+            done[part.name] = {**_run(part, min(left, part.limit_s), out, weights), "sources": digest}
+            _write(out / "results.json", done)
+    _write(out / "results.json", done)
     _show(done)
+
+
+def is_done(entry: dict[str, Any] | None, digest: str) -> bool:
+    """True for the result of a part that ended well, with these sources."""
+    return bool(entry and entry["ok"] and entry["sources"] == digest)
+
+
+def restore_tables(done: dict[str, Any], digest: str) -> None:
+    """Tuning of an earlier call into this machine's own table, which models run with."""
+    for entry in done.values():
+        data = entry["data"] or {}
+        if is_done(entry, digest) and data.get("entries"):
+            tables.save(data["arch"], tables.parsed(data["entries"]))
+
+
+def _write(path: Path, done: dict[str, Any]) -> None:
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps({"parts": done}, indent=1))
+    os.replace(beside, path)
 
 
 def _run(part: Part, limit_s: float, out: Path, weights: Path | None) -> dict[str, Any]:
@@ -65,20 +91,25 @@ def _run(part: Part, limit_s: float, out: Path, weights: Path | None) -> dict[st
     result = out / "part.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu.parts", part.name, "--result", str(result), "--tables", str(out)]
+    command += ["--seconds", f"{limit_s:.0f}"]
     if weights:
         command += ["--weights", str(weights)]
     start = time.monotonic()
     with (out / "log.txt").open("ab") as log:
         first = log.tell()
         try:
-            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=limit_s).returncode
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            status = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=limit_s
+            ).returncode
         except subprocess.TimeoutExpired:
             status = -1
     seconds = round(time.monotonic() - start, 1)
     data = json.loads(result.read_text()) if result.is_file() else None
     result.unlink(missing_ok=True)
     ok = status == 0 and data is not None
-    typer.echo(f"{part.name}: {'ok' if ok else 'failed'} in {seconds} s")
+    summary = (data or {}).get("summary", "nothing kept")
+    print(f"{part.name}: {'ok' if ok else 'failed'} in {seconds} s: {summary}", flush=True)
     entry: dict[str, Any] = {"ok": ok, "seconds": seconds, "data": data}
     if not ok:
         tail = (out / "log.txt").read_bytes()[first:][-3000:].decode(errors="replace")
@@ -90,7 +121,9 @@ def _show(done: dict[str, Any]) -> None:
     """A table for people."""
     table = Table("part", "", "seconds", "summary", title="GPU")
     for name, entry in done.items():
-        summary = (entry["data"] or {}).get("summary", "") if entry["ok"] else entry.get("error", "")[-160:]
+        summary = (entry["data"] or {}).get("summary", "")
+        if not entry["ok"]:
+            summary += f" [{entry.get('error', '')[-160:].strip()}]"
         table.add_row(name, "ok" if entry["ok"] else "failed", str(entry["seconds"]), summary)
     Console(width=160).print(table)
 

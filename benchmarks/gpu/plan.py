@@ -17,35 +17,48 @@ class Part:
         name: "function" or "function:arguments", as `parts.py` reads it.
         least_s: not started with less time left than this.
         limit_s: stopped after this.
+        needs: package without which it is left out.
     """
 
     name: str
     least_s: int = 20
     limit_s: int = 150
+    needs: str = ""
+
+    @property
+    def function(self) -> str:
+        """Of `parts.py`."""
+        return self.name.partition(":")[0]
 
 
 MODELS = ("vit_base_patch16_224", "deit_small_patch16_224", "deit_tiny_patch16_224", "vit_large_patch16_224")
 
 PARTS = (
-    Part("correctness"),
+    Part("compile", 40, 90),
+    Part("correctness", 40),
+    Part("logits", 30, 60),
     Part("ceilings", limit_s=60),
-    Part("gemm"),
-    Part("attention", limit_s=60),
-    Part("tune:vit_base_patch16_224:64", limit_s=180),
+    Part("model:vit_base_patch16_224:64:default", 60, 180),
+    Part("tune:vit_base_patch16_224:64", 60, 120),
     Part("model:vit_base_patch16_224:64:max-autotune", 60, 240),
-    Part("tune:deit_small_patch16_224:64", limit_s=180),
-    Part("model:deit_small_patch16_224:64:max-autotune", 60, 240),
-    Part("tune:vit_base_patch16_224:1", limit_s=180),
+    Part("attention", limit_s=60),
+    Part("tune:vit_base_patch16_224:1", 60, 120),
     Part("model:vit_base_patch16_224:1:max-autotune", 60, 240),
-    Part("logits", limit_s=60),
-    Part("model:vit_base_patch16_224:8:default", 40, 150),
-    Part("tune:deit_tiny_patch16_224:64", limit_s=180),
+    Part("tune:deit_small_patch16_224:64", 60, 120),
+    Part("model:deit_small_patch16_224:64:max-autotune", 60, 240),
+    Part("gemm", 60, 120),
+    Part("tune:deit_tiny_patch16_224:64", 60, 120),
     Part("model:deit_tiny_patch16_224:64:max-autotune", 60, 240),
-    Part("peers:vit_base_patch16_224:64", 60, 240),
-    Part("gemlite:vit_base_patch16_224:64", 60, 240),
-    Part("sageattention", limit_s=60),
-    *(Part(f"model:{name}:{batch}:default", 40, 150) for name in MODELS for batch in (1, 8, 64, 256)),
+    Part("peers:vit_base_patch16_224:64", 60, 240, needs="torchao"),
+    Part("gemlite:vit_base_patch16_224:64", 60, 240, needs="gemlite"),
+    Part("sageattention", limit_s=60, needs="sageattention"),
+    *(Part(f"model:{name}:{batch}:default", 60, 150) for name in MODELS for batch in (1, 8, 256)),
+    *(Part(f"model:{name}:64:default", 60, 150) for name in MODELS[1:]),
 )
+"""What says whether the kernels are right, and the first ratio to `torch.compile`, come before what tunes them."""
+
+PER_MACHINE = ("compile", "ceilings")
+"""Run on every machine anew: what they leave, or say, belongs to it."""
 
 
 def sources_digest() -> str:

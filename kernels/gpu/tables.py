@@ -87,13 +87,21 @@ def _tell_once(arch: str) -> None:
 def read(path: Path) -> Table:
     """A table; an unreadable one counts as empty, and is said to be."""
     try:
-        data: Any = json.loads(path.read_text())
-        return {key: _config(key, value) for key, value in data.items()}
+        return parsed(json.loads(path.read_text()))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         logger.warning("tuning table %s is unreadable (%s) and is left out", path, error)
         return {}
+
+
+def parsed(data: Any) -> Table:
+    """A table as it is in JSON.
+
+    Raises:
+        ValueError, TypeError, AttributeError: it is not one.
+    """
+    return {key: _config(key, value) for key, value in data.items()}
 
 
 def _config(key: str, value: Any) -> LinearConfig | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.gpu import configs, impl, linear, start, tables
@@ -18,6 +21,8 @@ from lampq_rt.kernels.gpu.work import LinearWork
 
 EPILOGUES = {"requant": linear.REQUANT, "float": linear.FLOAT, "residual": linear.RESIDUAL, "heads": linear.HEADS}
 SPLITS = (1, 2, 4, 8)
+
+logger = logging.getLogger(__name__)
 
 
 def candidates(
@@ -58,59 +63,70 @@ def tune_linear(work: LinearWork, device: str = "cuda", *, levels: bool = False)
         levels: codes of the packed weight name levels. The key is the same: tables are tuned without.
 
     Raises:
-        RuntimeError: no candidate runs on this GPU.
+        NothingRuns: no candidate runs on this GPU.
     """
-    case = _case(work, device)
-    if work.epilogue == "rows":
-        return _tune_rows(work, case, _levels(device) if levels else None)
-    options = {**_options(work, case), "levels": _levels(device) if levels else None}
-    arch, processors, _ = start.facts(case["x_q"])
-    shape = (work.m, work.n, work.k)
-    rule = configs.linear_config(*shape, processors, arch, work.a_bits, work.w_bits)
-    times: dict[configs.LinearConfig, float] = {}
-    for config in (rule, *candidates(*shape, arch, processors, work.a_bits, work.w_bits)):
-        if config in times:
-            continue
-
-        def launch(config: configs.LinearConfig = config) -> None:
-            args = (case["x_q"], case["w_q"], case["scale"], case["column"], case["bias"], case["out"])
-            start.linear(EPILOGUES[work.epilogue], *args, config=config, **options)
-
-        try:
-            times[config] = _time(launch)
-        except (triton.runtime.errors.OutOfResources, RuntimeError):
-            continue
+    case, weight_levels = _case(work, device), _levels(device) if levels else None
+    found = {config: _timed(launch) for config, launch in starts(work, case, weight_levels)}
+    times = {config: ms for config, ms in found.items() if ms is not None}
     if not times:
-        raise RuntimeError(f"no configuration of {work.key} runs on {arch}")
+        raise NothingRuns(f"no configuration of {work.key} runs on {start.facts(case['x_q'])[0]}")
     best = min(times, key=times.__getitem__)
-    return Tuned(best, times[best], times.get(rule))
+    return Tuned(best, times[best], found[next(iter(found))])
 
 
-def _tune_rows(work: LinearWork, case: dict[str, Tensor], levels: Tensor | None) -> Tuned:
-    """One kernel against two, which should have been tuned before."""
+class NothingRuns(RuntimeError):
+    """No candidate for a launch runs on this GPU."""
+
+
+def starts(
+    work: LinearWork, case: Mapping[str, Tensor] | None = None, levels: Tensor | None = None
+) -> Iterator[tuple[configs.LinearConfig | None, Callable[[], None]]]:
+    """Every candidate with what starts it, the rule of thumb's first; of "rows" two kernels, None, come first.
+
+    Args:
+        work: the launch.
+        case: operands; by default without values, for `offline.recording`.
+        levels: int8 [16], what codes of the packed weight name.
+    """
+    case = _case(work, "meta") if case is None else case
     linear_args = (case["x_q"], case["w_q"], case["scale"], case["column"], case["bias"])
-    norm = (None, None, 1e-6, 20.0, 0)
-    codes = case["out"].new_empty((work.m, work.n), dtype=torch.int8)
+    arch, processors, _ = start.facts(case["x_q"])
+    if work.epilogue == "rows":
+        norm = (None, None, 1e-6, 20.0, 0)
+        codes = case["out"].new_empty((work.m, work.n), dtype=torch.int8)
 
-    def two() -> None:
-        impl.linear_residual(case["out"], *linear_args, levels)
-        impl.layernorm_quantize(case["out"], *norm, 8, torch.int8)
+        def two() -> None:
+            impl.linear_residual(case["out"], *linear_args, levels)
+            impl.layernorm_quantize(case["out"], *norm, 8, torch.int8)
 
-    best: tuple[float, configs.LinearConfig | None] = (_time(two), None)
-    two_ms = best[0]
-    arch = start.facts(case["x_q"])[0]
-    for config in configs.ROWS_CANDIDATES:
-        if not configs.rows_feasible(config, work.n, arch, work.a_bits, work.w_bits):
-            continue
-
-        def one(config: configs.LinearConfig = config) -> None:
+        def one(config: configs.LinearConfig) -> None:
             start.rows(config, case["out"], *linear_args, codes, *norm, reference.code_range(8), None, levels)
 
-        try:
-            best = min(best, (_time(one), config), key=lambda pair: pair[0])
-        except (triton.runtime.errors.OutOfResources, RuntimeError):
-            continue
-    return Tuned(best[1], best[0], two_ms)
+        yield None, two
+        for config in configs.ROWS_CANDIDATES:
+            if configs.rows_feasible(config, work.n, arch, work.a_bits, work.w_bits):
+                yield config, partial(one, config)
+        return
+    options = {**_options(work, case), "levels": levels}
+    shape, bits = (work.m, work.n, work.k), (work.a_bits, work.w_bits)
+
+    def linear_(config: configs.LinearConfig) -> None:
+        start.linear(EPILOGUES[work.epilogue], *linear_args, case["out"], config=config, **options)
+
+    rule = configs.linear_config(*shape, processors, arch, *bits)
+    for config in dict.fromkeys((rule, *candidates(*shape, arch, processors, *bits))):
+        yield config, partial(linear_, config)
+
+
+def _timed(launch: Callable[[], None]) -> float | None:
+    """Median milliseconds; None where it cannot be compiled or does not fit here."""
+    try:
+        return _time(launch)
+    except (TritonError, RuntimeError) as error:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises where the device is lost: what came after would only look slow or unfit
+        logger.info("a candidate is left out: %s", f"{type(error).__name__}: {error}"[:200])
+        return None
 
 
 def _time(launch: Callable[[], None]) -> float:
@@ -130,7 +146,7 @@ def tune_all(
         again: tune what the table has, too.
 
     Yields:
-        Every launch with what was found; None where the table had it already.
+        Every launch with what was found, None where the table had it already; not those of which nothing runs.
     """
     known = set() if again else set(tables.read(table or tables.user_table(arch)))
     seen: set[str] = set()
@@ -141,7 +157,11 @@ def tune_all(
         if work.key in known:
             yield work, None
             continue
-        found = tune_linear(work)
+        try:
+            found = tune_linear(work)
+        except NothingRuns as error:
+            logger.warning("%s; the rule of thumb stays", error)
+            continue
         tables.save(arch, {work.key: found.config}, table)
         yield work, found
 
@@ -180,7 +200,7 @@ def _case(work: LinearWork, device: str) -> dict[str, Tensor]:
     return case
 
 
-def _options(work: LinearWork, case: dict[str, Tensor]) -> dict[str, Any]:
+def _options(work: LinearWork, case: Mapping[str, Tensor]) -> dict[str, Any]:
     if work.epilogue == "heads":
         layout = (len(case["out"]), work.tokens, work.heads, work.n // (3 * work.heads))
         return {"k": case["k"], "v": case["v"], "step": case["step"], "layout": layout}
