@@ -1,11 +1,11 @@
 """Accuracy on real weights and images: every recipe against uniform bits at the same budget, paired with fp32.
 
-    python -m benchmarks.results --data DIR --out docs/results.md [--only deit] [--calib-images 32]
+    python -m benchmarks.results --data DIR --out docs/results.md [--readme README.md] [--only deit]
 
 DIR holds `weights/NAME.safetensors`, `calib1000/`, `imagenet_dev1000/` and its `labels.csv`. Calibration and
 evaluation images are disjoint. Models run on the integer runtime, as `lampq eval` runs them. Every finished row is
 kept in benchmarks/results/accuracy.jsonl and not computed again, so a run that was stopped goes on where it was; the
-tables of all rows are written between two markers of the Markdown file.
+tables of all rows (`accuracy_tables.py`) are written between markers of the Markdown files.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lampq_rt
+from benchmarks import accuracy_tables
 from benchmarks.markdown import put_between
 from lampq_rt import images, models
 from lampq_rt.bench import machine
@@ -59,6 +60,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with weights/, calib1000/ and imagenet_dev1000/.")],
     out: Annotated[Path, typer.Option(help="Markdown file with the two markers.")] = Path("docs/results.md"),
     only: Annotated[str, typer.Option(help="Only models whose name starts with this.")] = "",
+    readme: Annotated[Path | None, typer.Option(help="Page for the short table, README.md.")] = None,
     calib_images: Annotated[str, typer.Option(help="Sizes of the calibration set, in this order.")] = "32,128",
     recipes: Annotated[str, typer.Option(help="Recipes beside uniform.")] = RECIPES_SHOWN,
     train_images: Annotated[int, typer.Option(help="Images of calib1000/ that lampq+rec trains on.")] = 1000,
@@ -75,7 +77,11 @@ def main(
                     done[_key(row)] = row
                     with ROWS.open("a") as file:
                         file.write(json.dumps(row) + "\n")
-    put_between(out, "accuracy", _tables(list(done.values())))
+    rows = list(done.values())
+    put_between(out, "aims", accuracy_tables.aims(rows))
+    put_between(out, "accuracy", accuracy_tables.everything(rows))
+    if readme is not None:
+        put_between(readme, "accuracy", accuracy_tables.short(rows))
 
 
 def _work(recipes: list[str], count: int) -> Iterator[tuple[str, int]]:
@@ -159,22 +165,6 @@ def _key(row: dict[str, Any]) -> tuple[str, str, int, int, int]:
 
 def _read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
-
-
-def _tables(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A Markdown table a model and size of the calibration set."""
-    for name, count in sorted({(r["model"], r["calib_images"]) for r in rows}):
-        group = [r for r in rows if (r["model"], r["calib_images"]) == (name, count)]
-        yield f"\n**{name}**, {count} calibration images, {group[0]['images']} evaluation images, "
-        yield f"fp32 top-1 {group[0]['fp32_top1']} % ({group[0]['machine']})\n"
-        yield "| mean bits | recipe | top-1 % | points lost | agreement % | KL (nats) | on disk | in memory | seconds |"
-        yield "|---|---|---|---|---|---|---|---|---|"
-        for r in sorted(group, key=lambda r: (-r["bits"], r["recipe"] != "uniform", r["recipe"])):
-            label = f"W{r['bits']}A{r['bits']}" if r["recipe"] == "uniform" else f"{r['mean_bits']:.2f}"
-            yield (
-                f"| {label} | {r['recipe']} | {r['top1']} | {r['lost']} | {r['agreement']} | {r['kl']} | "
-                f"{r['disk_percent']} % | {r['memory_percent']} % | {r['seconds']} |"
-            )
 
 
 if __name__ == "__main__":

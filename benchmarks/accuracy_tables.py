@@ -1,0 +1,94 @@
+"""Tables of the rows that `benchmarks.results` keeps: all of them, the aims, and the few that the README shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+
+SHORT = {"deit_tiny_patch16_224": "DeiT-Tiny", "vit_tiny_patch16_224": "ViT-Tiny"}
+README_RECIPES = ("uniform", "lampq", "fast", "lampq+", "lampq+w")
+WIDTHS = (8, 6, 5, 4, 3)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a plan without training should keep to.
+
+    Attributes:
+        lost: points of top-1, at most.
+        agreement: percent of images with fp32's answer, at least; 0 where none is asked for.
+    """
+
+    lost: float
+    agreement: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.lost:g}" + (f" ({self.agreement:g})" if self.agreement else "")
+
+    def missed(self, row: Row) -> bool:
+        """True for a row that does not keep to it."""
+        return bool(row["lost"] > self.lost or row["agreement"] < self.agreement)
+
+
+AIMS: Mapping[int, tuple[Aim, Aim]] = {
+    8: (Aim(0.3, 98), Aim(0.5, 97)), 6: (Aim(0.5, 96), Aim(1.5, 94)), 4: (Aim(5), Aim(10)), 3: (Aim(20), Aim(35)),
+}  # fmt: skip
+"""By mean bits, of the models of `SHORT`."""
+
+
+def everything(rows: Sequence[Row]) -> Iterator[str]:
+    """A table a model and size of the calibration set."""
+    for name, count in sorted({(r["model"], r["calib_images"]) for r in rows}):
+        group = [r for r in rows if (r["model"], r["calib_images"]) == (name, count)]
+        yield f"\n**{name}**, {count} calibration images, {group[0]['images']} evaluation images, "
+        yield f"fp32 top-1 {group[0]['fp32_top1']} % ({group[0]['machine']})\n"
+        yield "| mean bits | recipe | top-1 % | points lost | agreement % | KL (nats) | on disk | as stored | seconds |"
+        yield "|---|---|---|---|---|---|---|---|---|"
+        for r in sorted(group, key=lambda r: (-r["bits"], r["recipe"] != "uniform", r["recipe"])):
+            label = f"W{r['bits']}A{r['bits']}" if r["recipe"] == "uniform" else f"{r['mean_bits']:.2f}"
+            yield (
+                f"| {label} | {r['recipe']} | {r['top1']} | {r['lost']} | {r['agreement']} | {r['kl']} | "
+                f"{r['disk_percent']} % | {r['memory_percent']} % | {r['seconds']} |"
+            )
+
+
+def aims(rows: Sequence[Row]) -> Iterator[str]:
+    """The aims beside `fast` and `lampq+`, a table a size of the calibration set."""
+    for count in sorted({r["calib_images"] for r in rows}):
+        found = _by_key(rows, count)
+        yield f"\nPoints lost (agreement in %), {count} calibration images:\n"
+        yield "| mean bits | " + " | ".join(f"aim | {name} `fast` | `lampq+`" for name in SHORT.values()) + " |"
+        yield "|---" * (1 + 3 * len(SHORT)) + "|"
+        for bits, each in AIMS.items():
+            cells = []
+            for name, aim in zip(SHORT, each, strict=True):
+                cells += [str(aim), _judged(found.get((name, "fast", bits)), aim)]
+                cells.append("as `fast`" if bits == 8 else _judged(found.get((name, "lampq+", bits)), aim))
+            yield f"| {bits} | " + " | ".join(cells) + " |"
+
+
+def short(rows: Sequence[Row]) -> Iterator[str]:
+    """The README's table: points lost and agreement at 32 calibration images."""
+    found = _by_key(rows, 32)
+    yield "\n| model | mean bits | " + " | ".join(f"`{recipe}`" for recipe in README_RECIPES) + " |"
+    yield "|---" * (2 + len(README_RECIPES)) + "|"
+    for name, label in SHORT.items():
+        for bits in WIDTHS:
+            cells = [_cell(found.get((name, recipe, bits))) for recipe in README_RECIPES]
+            yield f"| {label} | {bits} | " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _by_key(rows: Sequence[Row], count: int) -> dict[tuple[str, str, int], Row]:
+    return {(r["model"], r["recipe"], r["bits"]): r for r in rows if r["calib_images"] == count}
+
+
+def _judged(row: Row | None, aim: Aim) -> str:
+    return _cell(row) + (", missed" if row is not None and aim.missed(row) else "")
+
+
+def _cell(row: Row | None) -> str:
+    return "–" if row is None else f"{row['lost']:.1f} ({row['agreement']:.1f})"

@@ -1,0 +1,42 @@
+"""Tables of accuracy rows: what is missed is said, what is missing is not made up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy_tables import Aim, aims, everything, short
+
+
+def row(model: str, recipe: str, bits: int, lost: float, agreement: float, count: int = 32) -> dict[str, Any]:
+    facts = {"model": f"{model}_tiny_patch16_224", "recipe": recipe, "bits": bits, "calib_images": count}
+    facts |= {"lost": lost, "agreement": agreement, "top1": 78.8 - lost, "fp32_top1": 78.8, "kl": 0.1, "images": 1000}
+    return facts | {"mean_bits": bits, "seconds": 1.0, "disk_percent": 15.0, "memory_percent": 15.0, "machine": "m"}
+
+
+ROWS = [
+    row("deit", "fast", 8, -0.5, 97.3), row("deit", "lampq+", 4, 4.9, 84.0), row("vit", "fast", 4, 10.3, 77.8),
+    row("vit", "lampq+", 4, 8.8, 77.9, 128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lost", "agreement", "missed"), [(0.3, 98, False), (0.31, 98, True), (-1, 97.9, True)])
+def test_an_aim_has_two_sides(lost: float, agreement: float, missed: bool) -> None:
+    assert Aim(0.3, 98).missed({"lost": lost, "agreement": agreement}) is missed
+
+
+def test_aims_stand_beside_what_was_measured() -> None:
+    lines = list(aims(ROWS))
+    assert "| 8 | 0.3 (98) | -0.5 (97.3), missed | as `fast` | 0.5 (97) | – | as `fast` |" in lines
+    assert "| 4 | 5 | – | 4.9 (84.0) | 10 | 10.3 (77.8), missed | – |" in lines
+    assert "| 4 | 5 | – | – | 10 | – | 8.8 (77.9) |" in lines  # the other size of calibration set
+
+
+def test_the_short_table_has_every_budget() -> None:
+    lines = list(short(ROWS))
+    assert "| ViT-Tiny | 4 | – | – | 10.3 (77.8) | – | – |" in lines and len(lines) == 2 + 10 + 1
+
+
+def test_every_row_is_shown() -> None:
+    assert sum(line.startswith("| ") and "%" in line and "top-1" not in line for line in everything(ROWS)) == len(ROWS)
