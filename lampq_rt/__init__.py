@@ -1,7 +1,10 @@
-"""lampq_rt: layer-wise mixed-precision Vision Transformers that are really small and really fast.
+"""lampq_rt: small and fast Vision Transformers with a bit-width of its own for every layer.
 
-    plan = lampq_rt.calibrate.make_plan(model, images, budget=lampq_rt.calibrate.Budget(mean_bits=4))    # offline, once
-    fast = lampq_rt.compile(model, plan)                                                          # any number of times
+    import lampq_rt
+    from lampq_rt.calibrate import Budget, make_plan
+
+    plan = make_plan(model, images, budget=Budget(mean_bits=4), recipe="fast")    # offline, once
+    fast = lampq_rt.compile(model, plan)                                          # any number of times
     fast.save("deit_small.lampq");  fast = lampq_rt.load("deit_small.lampq")
 
 This package never imports `lampq_rt.calibrate`, which serving does not need: who calibrates imports it.
