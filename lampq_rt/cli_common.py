@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -67,7 +67,7 @@ class Output:
     """Where a command's findings go: tables to standard output, JSON to a file; with `--json -`, only JSON.
 
     Args:
-        json_target: value of `--json`. A file in a folder that does not exist is refused here, before the work.
+        json_target: value of `--json`. A file that cannot be written is refused here, before the work.
         silent: True for a process that leaves the speaking to another.
 
     Raises:
@@ -130,14 +130,18 @@ class Output:
                 bar.advance(task, size(item))
 
 
-def check_destination(path: Path, what: str) -> None:
-    """Refuse a file that cannot be written because its folder is not there, before the work that fills it.
+def check_destination(path: Path, what: str, names: Collection[str] | None = None) -> None:
+    """Refuse a file that cannot be written, before the work that fills it: it may be of minutes, and would be lost.
+
+    Args:
+        path: where it will be written.
+        what: what will be, for the message.
+        names: of the files in it where a folder is written; other content is refused.
 
     Raises:
-        DataError: names the folder.
+        DataError: names the place and the obstacle.
     """
-    if not path.absolute().parent.is_dir():
-        raise DataError(f"cannot write {what} {path}: there is no folder {path.parent}")
+    files.check_place(path, what=what, error=DataError, names=names)
 
 
 def check_target(target: str) -> None:
