@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lampq_rt import cli_frontier, cli_make, cli_measure, cli_profile, cli_tune
-from lampq_rt.cli_common import CommandGroup, Json, Output, quiet
+from lampq_rt.cli_common import CommandGroup, Json, Output, check_destination, quiet
 from lampq_rt.version import __version__
 
 main = typer.Typer(
@@ -98,6 +98,7 @@ def inspect(
     output = Output(json)
     if plot is not None:
         inspect_plan.check_plot(plot)
+        check_destination(plot, "plot")
     extra: dict[str, int] = {}
     if path.is_file():
         loaded = lampq_rt.load(path)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -18,12 +19,13 @@ from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
 from lampq_rt import files
-from lampq_rt.errors import DataError, LampqError
+from lampq_rt.errors import BackendError, DataError, LampqError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STDOUT = "-"
+THREADS_PER_CORE = 4
 T = TypeVar("T")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm name, for example deit_tiny_patch16_224.")]
@@ -38,6 +40,9 @@ Labels = Annotated[
     Path | None,
     typer.Option("--labels", metavar="CSV", help="Columns file (relative to the image folder) and label (from 0)."),
 ]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn.", min=0, max=2**31 - 1)]
+Target = Annotated[str, typer.Option("--target", help="Whose formats may be used: any, cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; by default PyTorch's own number.", min=1)]
 Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the same facts as JSON; - is standard output, without tables."),
@@ -62,7 +67,7 @@ class Output:
     """Where a command's findings go: tables to standard output, JSON to a file; with `--json -`, only JSON.
 
     Args:
-        json_target: value of `--json`. A file in a folder that does not exist is refused here, before the work.
+        json_target: value of `--json`. A file that cannot be written is refused here, before the work.
         silent: True for a process that leaves the speaking to another.
 
     Raises:
@@ -125,14 +130,48 @@ class Output:
                 bar.advance(task, size(item))
 
 
-def check_destination(path: Path, what: str) -> None:
-    """Refuse a file that cannot be written because its folder is not there, before the work that fills it.
+def check_destination(path: Path, what: str, names: Collection[str] | None = None) -> None:
+    """Refuse a file that cannot be written, before the work that fills it: it may be of minutes, and would be lost.
+
+    Args:
+        path: where it will be written.
+        what: what will be, for the message.
+        names: of the files in it where a folder is written; other content is refused.
 
     Raises:
-        DataError: names the folder.
+        DataError: names the place and the obstacle.
     """
-    if not path.absolute().parent.is_dir():
-        raise DataError(f"cannot write {what} {path}: there is no folder {path.parent}")
+    files.check_place(path, what=what, error=DataError, names=names)
+
+
+def check_target(target: str) -> None:
+    """Refuse a set of number formats that does not exist, before images are read.
+
+    Raises:
+        BackendError: names those that there are.
+    """
+    from lampq_rt.backends import TARGETS
+
+    if target not in TARGETS:
+        raise BackendError(f"unknown target {target!r}; allowed: {', '.join(TARGETS)}")
+
+
+def use_threads(threads: int | None) -> None:
+    """Let PyTorch compute with so many threads; None leaves it as it is.
+
+    Raises:
+        BackendError: far more than the machine has cores: nothing would be measured but their waiting for each other,
+            and where the system has no more threads to give, the process would end without a word.
+    """
+    import torch
+
+    most = THREADS_PER_CORE * (os.cpu_count() or 1)
+    if threads is not None:
+        if threads > most:
+            raise BackendError(
+                f"--threads {threads}: this machine has {plural(os.cpu_count() or 1, 'core')}; allowed: 1 to {most}"
+            )
+        torch.set_num_threads(threads)
 
 
 def numbers(text: str, option: str) -> list[int]:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
 from rich.table import Table
 
-from lampq_rt.cli_common import Images, Json, Model, Output, Weights, check_destination, names, percent, plural
-from lampq_rt.errors import DataError
+from lampq_rt.cli_common import (
+    Images,
+    Json,
+    Model,
+    Output,
+    Seed,
+    Target,
+    Weights,
+    check_target,
+    names,
+    percent,
+)
+from lampq_rt.cli_frontier_bench import Bench
+from lampq_rt.errors import DataError, UnknownNameError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from lampq_rt.frontier import Point, Sweep, Verdict
-    from lampq_rt.plan import Plan
-
-WIDEST = 8.0
-BATCH = 25
+    from lampq_rt.frontier import Point, Quality, Sweep, Verdict
 
 
 def frontier(
@@ -44,13 +48,16 @@ def frontier(
     recipes: Annotated[str, typer.Option(metavar="NAME,…", help="As of calibrate.")] = "uniform,lampq",
     quality: Annotated[str, typer.Option("--y", help="What is drawn: kl, agreement or top1.")] = "kl",
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,
+    train_images: Annotated[
+        int, typer.Option(help="Images that lampq+rec or lampq+relu trains on, of the same folder.", min=1)
+    ] = 512,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="Evaluate on only N images, evenly spaced.", min=1)
     ] = None,
     latency: Annotated[bool, typer.Option(help="Also measure latency, once for all plans of the same kernels.")] = True,
     batch: Annotated[int, typer.Option(help="Images at once when latency is measured.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    target: Annotated[str, typer.Option(help="Whose formats may be used: any, cpu or cuda.")] = "any",
+    seed: Seed = 0,
+    target: Target = "any",
     device: Annotated[str, typer.Option(help="Where to calibrate and to measure latency: cpu or cuda.")] = "cpu",
     json: Json = None,
 ) -> None:
@@ -66,21 +73,32 @@ def frontier(
       lampq frontier deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
           --images photos --eval-images val --mean-bits 3,4,5,6,8 --limit 300 --out quick.sweep
     """
+    from lampq_rt import backends
     from lampq_rt import frontier as sweeps
-    from lampq_rt.errors import UnknownNameError
     from lampq_rt.models import check_name
 
     output = Output(json)
     check_name(model)
     wanted = _wanted(output, mean_bits, recipes)
-    chosen = next((q for q in sweeps.QUALITIES if q == quality), None)
-    if chosen is None:
-        raise UnknownNameError(f"--y {quality!r}; known: {', '.join(sweeps.QUALITIES)}")
-    if chosen == "top1" and labels is None:
-        raise DataError("--y top1 needs --labels")
-    check_destination(out, "sweep")
-    bench = _Bench(
-        output, model, weights, images, eval_images, labels, calib_images, limit, seed, target, device, batch
+    chosen = _quality(quality, labels)
+    check_target(target)
+    backends.resolve(device)
+    sweeps.check_folder(out)
+    bench = Bench(
+        output,
+        model,
+        weights,
+        images,
+        eval_images,
+        labels,
+        calib_images,
+        train_images if _trains(wanted) else None,
+        out / sweeps.TRAINING,
+        limit,
+        seed,
+        target,
+        device,
+        batch,
     )
     sweep = sweeps.Sweep(out, bench.setting)
     _fill(bench, sweep, wanted, latency)
@@ -100,16 +118,33 @@ def frontier(
     )
 
 
+def _quality(quality: str, labels: Path | None) -> Quality:
+    """What is drawn, if there is such a thing, and if it can be had."""
+    from lampq_rt.frontier import QUALITIES
+
+    chosen = next((q for q in QUALITIES if q == quality), None)
+    if chosen is None:
+        raise UnknownNameError(f"--y {quality!r}; known: {', '.join(QUALITIES)}")
+    if chosen == "top1" and labels is None:
+        raise DataError("--y top1 needs --labels")
+    return chosen
+
+
 def _wanted(output: Output, mean_bits: str, recipes: str) -> list[tuple[str, float]]:
     """Recipe and budget of every point, uniform ones first: they cost next to nothing."""
     from lampq_rt.calibrate import RECIPES
+    from lampq_rt.formats import INTEGER_BITS
 
+    narrowest, *_, widest = INTEGER_BITS  # activations are limited as weights are, and have no other widths
     try:
         bits = sorted({float(part) for part in names(mean_bits)})
     except ValueError:
         bits = []
-    if not bits or not 1.0 <= bits[0] <= bits[-1] <= WIDEST:
-        raise DataError(f"--mean-bits {mean_bits!r}: numbers from 1 to 8 with commas between are needed, like 3,4.5")
+    if not bits or not all(narrowest <= b <= widest for b in bits):
+        raise DataError(
+            f"--mean-bits {mean_bits!r}: numbers from {narrowest} to {widest} with commas between are needed, "
+            "like 3,4.5"
+        )
     found, skipped = [], set()
     for recipe in dict.fromkeys(names(recipes)):
         uniform = RECIPES.get(recipe).allocator == "uniform"
@@ -130,124 +165,31 @@ def _baselines(wanted: Iterable[tuple[str, float]]) -> list[str]:
     return [recipe for recipe in recipes if RECIPES.get(recipe).allocator == "uniform"]
 
 
-@dataclass
-class _Bench:
-    """The model with its images, each loaded when it is first needed: a sweep that is complete needs none."""
+def _trains(wanted: Iterable[tuple[str, float]]) -> bool:
+    """Whether a recipe needs images to train on."""
+    from lampq_rt.calibrate import RECIPES
 
-    output: Output
-    model: str
-    weights: Path | None
-    images: Path
-    eval_images: Path
-    labels: Path | None
-    calib_images: int
-    limit: int | None
-    seed: int
-    target: str
-    device: str
-    batch: int
-
-    def __post_init__(self) -> None:
-        from lampq_rt import images as pictures
-
-        self.report: Callable[[str, int, int], None] = lambda stage, done, total: None
-        files = pictures.list_images(self.images)
-        self.calibration_files = pictures.choose(files, self.calib_images, self.seed)
-        if len(self.calibration_files) < self.calib_images:
-            count = plural(len(self.calibration_files), "image")
-            self.output.note(f"{self.images} holds {count}, fewer than the {self.calib_images} asked for")
-        self.every_file = pictures.list_images(self.eval_images)
-        self.evaluation_files = pictures.spread(self.every_file, self.limit)
-        self.preprocess = pictures.preprocessing(self.model)
-
-    @cached_property
-    def network(self) -> nn.Module:
-        """The floating-point model."""
-        from lampq_rt.models import load_model
-
-        return load_model(self.model, self.weights)
-
-    @cached_property
-    def truth(self) -> Tensor | None:
-        """int64 [images], the classes of the evaluation images."""
-        import torch
-
-        from lampq_rt import images as pictures
-        from lampq_rt.models import classes
-
-        if self.labels is None:
-            return None
-        found = pictures.read_labels(self.labels, self.eval_images, self.every_file, classes(self.network))
-        return torch.tensor([found[path] for path in self.evaluation_files])
-
-    @property
-    def setting(self) -> dict[str, Any]:
-        """What all points of a sweep share."""
-        from lampq_rt.plan import weights_digest
-        from lampq_rt.version import __version__
-
-        truth = self.truth
-        return {
-            "model": self.model,
-            "version": __version__,
-            "seed": self.seed,
-            "weights": weights_digest(self.network),
-            "calibration images": _digest(self.images, self.calibration_files),
-            "evaluation images": _digest(self.eval_images, self.evaluation_files),
-            "labels": None if truth is None else hashlib.sha256(repr(truth.tolist()).encode()).hexdigest(),
-            "target": self.target,
-            "device": self.device,
-            "latency batch": self.batch,
-        }
-
-    @cached_property
-    def calibration(self) -> Any:
-        """Measured once; plans of all budgets are made from it."""
-        from lampq_rt import images as pictures
-        from lampq_rt.calibrate import calibrate
-
-        return calibrate(
-            self.network,
-            pictures.load_images(self.calibration_files, self.preprocess),
-            target=self.target,
-            seed=self.seed,
-            device=self.device,
-            model_name=self.model,
-            report=lambda stage, done, total: self.report(stage, done, total),
-        )
-
-    def plan(self, recipe: str, bits: float) -> Plan:
-        """The plan of that recipe at that budget, with bars on standard error."""
-        from lampq_rt.calibrate import Budget
-        from lampq_rt.calibrate.progress import reporting
-
-        self.output.aside.print(f"[bold]{recipe} at {bits:g} bits[/bold]")
-        with reporting(True) as self.report:
-            return self.calibration.plan(Budget(mean_bits=bits), recipe)
-
-    def batches(self) -> Iterator[Tensor]:
-        """The evaluation images, with a bar."""
-        from lampq_rt import images as pictures
-
-        batches: Iterable[Tensor] = pictures.batches(self.evaluation_files, self.preprocess, BATCH)
-        return self.output.track(batches, len(self.evaluation_files), "evaluating")
+    return any(RECIPES.get(recipe).schedule.steps for recipe, _ in wanted)
 
 
-def _fill(bench: _Bench, sweep: Sweep, wanted: Sequence[tuple[str, float]], timed: bool) -> None:
+def _fill(bench: Bench, sweep: Sweep, wanted: Sequence[tuple[str, float]], timed: bool) -> None:
     """Compute the points that the sweep does not hold yet, then latencies that it lacks."""
     from lampq_rt import frontier_measure as measure
     from lampq_rt.memory import keep_memory
     from lampq_rt.plan import Plan
 
     original, digest = measure.Recorded(bench.network, bench.device), bench.setting["weights"]
-    for recipe, bits in wanted:
-        if (recipe, bits) in sweep.points:
-            continue
+    missing = [key for key in wanted if key not in sweep.points]
+    if missing:
+        original.record(bench.batches("evaluating fp32"))
+    for recipe, bits in missing:
         started = time.perf_counter()
         plan = sweep.saved_plan(recipe, bits, digest)
         if plan is None:
+            bench.load()
+            sweep.make()
             plan = bench.plan(recipe, bits)
-            plan.save(sweep.plan_path(recipe, bits))
+            sweep.save_plan(plan, recipe, bits)
         seconds = time.perf_counter() - started
         answers = bench.batches()
         point, kl = measure.measure(plan, original, answers, bench.truth, bits, seconds, sweep.folder, bench.device)
@@ -266,15 +208,7 @@ def _fill(bench: _Bench, sweep: Sweep, wanted: Sequence[tuple[str, float]], time
                 latency_of.know(plan, point.latency_ms)
 
 
-def _digest(folder: Path, files: Sequence[Path]) -> str:
-    """SHA-256 over names and sizes."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(folder).as_posix()}|{path.stat().st_size}\n".encode())
-    return f"{len(files)} files, {digest.hexdigest()[:32]}"
-
-
-def _write(output: Output, sweep: Sweep, points: Sequence[Point], model: str, quality: Any, note: str) -> None:
+def _write(output: Output, sweep: Sweep, points: Sequence[Point], model: str, quality: Quality, note: str) -> None:
     from lampq_rt import files, frontier_plot
     from lampq_rt.frontier import table
 

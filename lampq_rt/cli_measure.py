@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,19 +17,24 @@ from lampq_rt.cli_common import (
     Labels,
     Model,
     Output,
+    Threads,
     Weights,
     names,
     numbers,
     percent,
     plural,
     same_model,
+    use_threads,
 )
 from lampq_rt.errors import BackendError, DataError, LampqError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lampq_rt.plan import Plan
+
 BACKENDS = ("simulate", "cpu", "cuda", "reference")
+BENCH_BITS = 8
 
 
 def evaluate(
@@ -93,20 +98,31 @@ def evaluate(
 
 def bench(
     model: Model,
-    weights: Weights = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="Weights as safetensors; by default random ones, with --plan timm's pretrained ones.",
+        ),
+    ] = None,
     plan: Annotated[Path | None, typer.Option("--plan", metavar="X.plan", help="Bench this plan.")] = None,
-    bits: Annotated[int, typer.Option(help="Without --plan: every layer at this width.")] = 8,
+    bits: Annotated[
+        int | None,
+        typer.Option(help=f"Without --plan: every layer at this width, {BENCH_BITS} by default.", show_default=False),
+    ] = None,
     batch: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes.")] = "1,8",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     against: Annotated[
         str,
         typer.Option(
             metavar="NAME,…",
-            help="eager (fp32 and bf16), bf16, compile, openvino, onnxruntime, torchao, or names of variants.",
+            help="eager (fp32 and bf16), bf16, compile, openvino, onnxruntime, torchao, peers (these three), or "
+            "names of variants.",
         ),
     ] = "eager,compile",
     rounds: Annotated[int, typer.Option(help="How often each variant's turn comes.", min=1)] = 10,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; by default PyTorch's own number.", min=1)] = None,
+    threads: Threads = None,
     json: Json = None,
 ) -> None:
     """Measure latency and memory beside floating point, all variants taking turns in one process.
@@ -120,31 +136,23 @@ def bench(
           --plan vit_base.plan --against eager,compile --threads 2
       lampq bench deit_tiny_patch16_224 --against openvino,onnxruntime
     """
-    import torch
-
+    from lampq_rt import backends
     from lampq_rt import bench as benchmark
     from lampq_rt.images import preprocessing
     from lampq_rt.memory import keep_memory
-    from lampq_rt.models import check_name, load_model
-    from lampq_rt.plan import Plan
-    from lampq_rt.standin import stand_in_plan
+    from lampq_rt.models import check_name
 
     output = Output(json)
     check_name(model)
     sizes, rivals = numbers(batch, "--batch"), names(against)
     benchmark.variants(rivals)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    backends.resolve(device)
+    _check_bits(bits, plan)
+    use_threads(threads)
     keep_memory()
     size = tuple(preprocessing(model).config["input_size"])
     with output.working(f"building {model}") as say:
-        network = load_model(model, weights, random=plan is None)
-        if plan is None:
-            say("ranges of one forward pass")
-            decided = stand_in_plan(network, torch.randn(2, *size), bits)
-        else:
-            decided = Plan.load(plan)
-            same_model(decided.model, model, plan)
+        network, decided = _contender(model, weights, plan, bits or BENCH_BITS, size, say)
         result = benchmark.bench(
             network,
             decided,
@@ -160,6 +168,35 @@ def bench(
     for variant, reason in result.left_out.items():
         output.note(f"{variant} left out: {reason}")
     output.facts(result.rows)
+
+
+def _check_bits(bits: int | None, plan: Path | None) -> None:
+    """Refuse a width that no kernels have, or one beside a plan, which has its own."""
+    from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS
+
+    if bits is not None and plan is not None:
+        raise LampqError("--bits and --plan exclude each other: a plan has widths of its own")
+    if bits is not None and bits not in (*INTEGER_BITS, FLOAT_BITS):
+        raise DataError(f"--bits {bits}; allowed: {INTEGER_BITS[0]} to {INTEGER_BITS[-1]}, or {FLOAT_BITS}")
+
+
+def _contender(
+    model: str, weights: Path | None, plan: Path | None, bits: int, size: tuple[int, ...], say: Callable[[str], None]
+) -> tuple[nn.Module, Plan]:
+    """The model to bench, and its plan: the one on disk, or a stand-in of that width everywhere."""
+    import torch
+
+    from lampq_rt.models import load_model
+    from lampq_rt.plan import Plan
+    from lampq_rt.standin import stand_in_plan
+
+    if plan is not None:
+        decided = Plan.load(plan)
+        same_model(decided.model, model, plan)
+        return load_model(model, weights), decided
+    network = load_model(model, weights, random=True)
+    say("ranges of one forward pass")
+    return network, stand_in_plan(network, torch.randn(2, *size), bits)
 
 
 def bench_table(rows: Sequence[dict[str, Any]], title: str) -> Group:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from lampq_rt.cli_common import Json, Model, Output, names, numbers, plural
+from lampq_rt.cli_common import (
+    Json,
+    Model,
+    Output,
+    Threads,
+    check_destination,
+    names,
+    numbers,
+    plural,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from lampq_rt.latency.predict import Factors
-    from lampq_rt.latency.profile import Timed
+    from lampq_rt.latency.profile import Profile, Timed
     from lampq_rt.latency.table import ModelEntry
 
 
@@ -24,7 +34,7 @@ def profile(
     model: Model,
     batch: Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes that will be served.")] = "1,8",
     device: Annotated[str, typer.Option(help="Where it will be served: cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's default otherwise.", min=1)] = None,
+    threads: Threads = None,
     against: Annotated[
         str, typer.Option(metavar="NAME,…", help="Baselines for budgets of speedup; as of bench, also none.")
     ] = "eager,compile",
@@ -45,12 +55,9 @@ def profile(
       lampq profile deit_small_patch16_224 --batch 1,8
       lampq profile vit_base_patch16_224 --batch 8 --device cuda --out h100.json
     """
-    import torch
-
     from lampq_rt import backends
     from lampq_rt import bench as benchmark
     from lampq_rt.images import preprocessing
-    from lampq_rt.latency.predict import FAMILIES
     from lampq_rt.latency.profile import Profile
     from lampq_rt.memory import keep_memory
     from lampq_rt.models import check_name, load_model
@@ -59,9 +66,10 @@ def profile(
     check_name(model)
     sizes, rivals = numbers(batch, "--batch"), [name for name in names(against) if name != "none"]
     benchmark.variants(rivals)
+    if out is not None and out.absolute().parent.is_dir():  # the table makes its folder where there is none
+        check_destination(out, "latency table")
     target = backends.resolve(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     keep_memory()
     started = time.perf_counter()
     with output.working(f"reading the ops of {model}"):
@@ -77,25 +85,36 @@ def profile(
     fresh = sum(t.fresh for t in timed)
     kept = f", {plural(len(timed) - fresh, 'op')} known already" if fresh < len(timed) else ""
     output.show(f"{plural(fresh, 'op')} timed{kept}; {found.path}")
-    output.facts(
-        {
-            "model": model,
-            "machine": found.table.machine,
-            "device": found.table.device,
-            "threads": found.table.threads,
-            "table": str(found.path),
-            "seconds": round(time.perf_counter() - started, 3),
-            "ops": [{"key": t.key, "latency_ms": t.latency_ms, "fresh": t.fresh} for t in timed],
-            "models": [
-                {
-                    "batch": e.batch,
-                    "latency_ms": dict(e.latency_ms),
-                    "factors": dict(zip(FAMILIES, factors[e.batch], strict=True)),
-                }
-                for e in entries
-            ],
-        }
-    )
+    output.facts(_facts(model, found, timed, entries, factors, time.perf_counter() - started))
+
+
+def _facts(
+    model: str,
+    found: Profile,
+    timed: Sequence[Timed],
+    entries: Sequence[ModelEntry],
+    factors: Mapping[int, Factors],
+    seconds: float,
+) -> dict[str, Any]:
+    from lampq_rt.latency.predict import FAMILIES
+
+    return {
+        "model": model,
+        "machine": found.table.machine,
+        "device": found.table.device,
+        "threads": found.table.threads,
+        "table": str(found.path),
+        "seconds": round(seconds, 3),
+        "ops": [{"key": t.key, "latency_ms": t.latency_ms, "fresh": t.fresh} for t in timed],
+        "models": [
+            {
+                "batch": e.batch,
+                "latency_ms": dict(e.latency_ms),
+                "factors": dict(zip(FAMILIES, factors[e.batch], strict=True)),
+            }
+            for e in entries
+        ],
+    }
 
 
 def _ops_table(timed: Sequence[Timed], title: str) -> Group:

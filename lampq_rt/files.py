@@ -38,10 +38,7 @@ def write_file(path: str | Path, content: Content, *, what: str, error: type[Lam
     temporary: str | None = None
     try:
         target = os.path.realpath(path)
-        if os.path.isdir(target):
-            raise IsADirectoryError(0, "it is a folder")
-        if os.path.exists(target) and not os.path.isfile(target):
-            raise OSError(0, "it is not a regular file")
+        _refuse_irregular(target)
         temporary = _sibling(target)
         _write(temporary, content)
         os.replace(temporary, target)
@@ -89,6 +86,37 @@ def write_folder(path: str | Path, files: Mapping[str, Content], *, what: str, e
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_place(path: str | Path, *, what: str, error: type[LampqError], names: Collection[str] | None = None) -> None:
+    """Refuse now what `write_file` or `write_folder` would refuse later, when the work that fills it is done.
+
+    An empty file is made beside it and removed again: permissions alone do not say whether a file can be written (root,
+    file systems that are read-only or have no files of their own).
+
+    Args:
+        path: where it will be written; left as it is.
+        what: what will be written, for the message ("plan").
+        error: class of the error to raise.
+        names: of the files in it where it is to be a folder; None for a file.
+
+    Raises:
+        error: it could not be written there.
+    """
+    try:
+        target = os.path.realpath(path)
+        if names is None:
+            _refuse_irregular(target)
+        elif os.path.lexists(target):
+            _refuse_foreign(target, names)
+        temporary = _sibling(target)
+        try:
+            _write(temporary, b"")
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
+    except (OSError, ValueError) as cause:
+        raise error(f"cannot write {what} {shown(path)}: {reason(cause)}") from None
 
 
 def read_file(path: str | Path, *, what: str, error: type[LampqError], limit: int) -> bytes:
@@ -150,6 +178,14 @@ def _flush_folder(folder: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _refuse_irregular(target: str) -> None:
+    """Raise OSError where something else than a regular file lies at `target`."""
+    if os.path.isdir(target):
+        raise IsADirectoryError(0, "it is a folder")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OSError(0, "it is not a regular file")
 
 
 def _refuse_foreign(target: str, names: Collection[str]) -> None:

@@ -1,8 +1,9 @@
 """Accuracy against bytes and latency over a range of budgets: points, what is kept of them, and who wins.
 
 A sweep is a folder. `sweep.json` says of what (model, weights, images), `points.jsonl` has a line for every finished
-point, `plans/` the plans, `kl/` the divergence of every evaluation image, from which paired errors are taken.
-A sweep that was stopped goes on where it was; one of other weights or images is refused.
+point, `plans/` the plans, `kl/` the divergence of every evaluation image, from which paired errors are taken, and
+`plan.training` the state of a training that was stopped. A sweep that was stopped goes on where it was; one of other
+weights or images is refused.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from lampq_rt import files
 from lampq_rt.errors import DataError, PlanError
 from lampq_rt.plan import Plan
 
-SWEEP, POINTS, PLANS, ANSWERS = "sweep.json", "points.jsonl", "plans", "kl"
+SWEEP, POINTS, PLANS, ANSWERS, TRAINING = "sweep.json", "points.jsonl", "plans", "kl", "plan.training"
 FILE_LIMIT = 256 << 20
+
+LATER = ("training images",)
+"""What a sweep may be told after it was begun: nothing trains before a recipe that does is asked for."""
 
 NOISE = 2.0
 """Standard errors of a paired difference within which two plans count as equal."""
@@ -81,11 +85,23 @@ class Point:
         return f"{self.recipe}-{self.asked_bits:g}"
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot become a sweep and is none, or that cannot be written; it is left as it is.
+
+    Raises:
+        DataError: names the obstacle.
+    """
+    if (folder / SWEEP).is_file():
+        files.check_place(folder / SWEEP, what="sweep", error=DataError)
+    else:
+        files.check_place(folder, what="sweep", error=DataError, names=())
+
+
 class Sweep:
-    """The folder of a sweep, opened or made.
+    """The folder of a sweep. Nothing is written before `make`, so that a start that fails leaves nothing behind.
 
     Args:
-        folder: made where it does not exist; its parent must.
+        folder: of a sweep, empty, or not there; its parent must be.
         setting: JSON-able facts that all points share.
 
     Raises:
@@ -93,23 +109,27 @@ class Sweep:
     """
 
     def __init__(self, folder: Path, setting: Mapping[str, Any]) -> None:
-        self.folder = folder
+        check_folder(folder)
+        self.folder, self.setting = folder, dict(setting)
         self.points: dict[tuple[str, float], Point] = {}
-        try:
-            folder.mkdir(exist_ok=True)
-            known = (folder / SWEEP).is_file()
-            if not known and any(folder.iterdir()):
-                raise DataError(f"{folder} holds other things than a sweep ({SWEEP} is missing); name a new folder")
-            for name in (PLANS, ANSWERS):
-                (folder / name).mkdir(exist_ok=True)
-        except OSError as cause:
-            raise DataError(f"cannot use folder {files.shown(folder)}: {files.reason(cause)}") from None
-        if known:
-            self._check(setting)
+        if (folder / SWEEP).is_file():
+            self.setting = self._checked(setting)
             self.points = {(p.recipe, p.asked_bits): p for p in self._read()}
-        else:
-            text = json.dumps(dict(setting), indent=1, allow_nan=False) + "\n"
-            files.write_file(folder / SWEEP, text.encode(), what="sweep", error=DataError)
+
+    def make(self) -> None:
+        """Make the folder where it is not there, and say in it what it is a sweep of.
+
+        Raises:
+            DataError: it could not be made.
+        """
+        text = json.dumps(self.setting, indent=1, allow_nan=False) + "\n"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            files.write_file(self.folder / SWEEP, text.encode(), what="sweep", error=DataError)
+            for name in (PLANS, ANSWERS):
+                (self.folder / name).mkdir(exist_ok=True)
+        except OSError as cause:
+            raise DataError(f"cannot use folder {files.shown(self.folder)}: {files.reason(cause)}") from None
 
     def add(self, point: Point, kl: Tensor | None = None) -> None:
         """Keep a finished point, or a better known one; `kl`: fp64 [images] of its evaluation images, where new.
@@ -124,14 +144,19 @@ class Sweep:
         lines = "".join(json.dumps(asdict(p), allow_nan=False) + "\n" for p in self.points.values())
         files.write_file(self.folder / POINTS, lines.encode(), what="points", error=DataError)
 
-    def plan_path(self, recipe: str, bits: float) -> Path:
-        """Where the plan of a point is kept."""
-        return self.folder / PLANS / f"{recipe}-{bits:g}.plan"
+    def save_plan(self, plan: Plan, recipe: str, bits: float) -> None:
+        """Keep the plan of a point that is still to be evaluated; the state of its training has served.
+
+        Raises:
+            PlanError: it could not be written.
+        """
+        plan.save(self._plan(recipe, bits))
+        (self.folder / TRAINING).unlink(missing_ok=True)
 
     def saved_plan(self, recipe: str, bits: float, digest: str) -> Plan | None:
         """The plan that a stopped sweep left, if it is whole and was made for these weights."""
         try:
-            plan = Plan.load(self.plan_path(recipe, bits))
+            plan = Plan.load(self._plan(recipe, bits))
         except PlanError:
             return None
         return plan if plan.weights_digest == digest else None
@@ -149,19 +174,25 @@ class Sweep:
         except (SafetensorError, KeyError, ValueError) as cause:
             raise DataError(f"{path}: damaged ({files.reason(cause)}); remove its line from {POINTS}") from None
 
+    def _plan(self, recipe: str, bits: float) -> Path:
+        return self.folder / PLANS / f"{recipe}-{bits:g}.plan"
+
     def _answers(self, point: Point) -> Path:
         return self.folder / ANSWERS / f"{point.name}.safetensors"
 
-    def _check(self, setting: Mapping[str, Any]) -> None:
+    def _checked(self, setting: Mapping[str, Any]) -> dict[str, Any]:
+        """The setting of the sweep on disk, with what it had not been told, if it is this one."""
         path = self.folder / SWEEP
         raw = files.read_file(path, what="sweep", error=DataError, limit=FILE_LIMIT)
         found = files.parse_json(raw, where=str(path), error=DataError)
+        found = found if isinstance(found, dict) else {}
         for key, wanted in json.loads(json.dumps(dict(setting))).items():
-            came = found.get(key) if isinstance(found, dict) else None
-            if came != wanted:
+            came = found.get(key)
+            if came != wanted and not (key in LATER and key not in found):
                 raise DataError(
                     f"{self.folder} holds a sweep with {key} = {came!r:.60}, not {wanted!r:.60}; name a new folder"
                 )
+        return {**found, **setting}
 
     def _read(self) -> Iterator[Point]:
         path = self.folder / POINTS

@@ -50,6 +50,13 @@ class Recorded(nn.Module):
         self.position += 1
         return self.answers[self.position - 1]
 
+    def record(self, batches: Iterable[Tensor]) -> None:
+        """Run over the images now, before work that is lost where one of them cannot be read."""
+        with torch.inference_mode():
+            for images in batches:
+                self(images)
+        self.rewind()
+
     def rewind(self) -> None:
         """The next batch is the first again."""
         self.position = 0

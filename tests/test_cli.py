@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from lampq_rt import Plan, models
+from lampq_rt import Plan, models, quickstart
 from lampq_rt.calibrate import RECIPES, reconstruct
 from lampq_rt.calibrate.reconstruct import Schedule
 from lampq_rt.cli import main
@@ -276,6 +276,46 @@ def test_wrong_budgets_and_names(bench):
     assert "did you mean vit_tiny_patch16_224" in fail("bench", "vit_tny_patch16_224")
     assert "unknown variant 'magic'" in fail("bench", MODEL, "--against", "magic")
     assert "--batch '0'" in fail("bench", MODEL, "--batch", "0")
+
+
+def test_options_of_bench_that_cannot_be_meant(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(models, "load_model", None)  # none of them may cost a model
+    assert "exclude each other" in fail("bench", MODEL, "--plan", bench.plan, "--bits", 4)
+    assert "--bits 9; allowed: 2 to 8, or 16" in fail("bench", MODEL, "--bits", 9)
+    assert "no CUDA GPU" in fail("bench", MODEL, "--device", "cuda")
+    for command in ("bench", "profile"):
+        assert "--threads 99999: this machine has" in fail(command, MODEL, "--threads", 99999)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 99999999999999999999999])
+def test_seeds_that_no_generator_takes(bench, seed):
+    for arguments in (
+        calibrate_arguments(bench, seed=seed),
+        ("frontier", MODEL, "--images", bench.images, "--eval-images", bench.images, "--out", "x", "--seed", seed),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2 and "--seed" in result.output
+
+
+def test_what_is_wrong_with_a_device_or_target_is_said_before_images_are_read(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("lampq_rt.images.load_images", None)
+    assert "no CUDA GPU" in fail(*calibrate_arguments(bench, device="cuda"))
+    assert "unknown target 'gpu'; allowed: any, cpu, cuda" in fail(*calibrate_arguments(bench, target="gpu"))
+
+
+def words(output):
+    """A help text without its frame."""
+    return " ".join(output.replace("│", " ").split())
+
+
+def test_help_says_what_is_so():
+    bench_help = words(succeed("bench", "--help").output)
+    assert "random ones" in bench_help and "peers (these three)" in bench_help and "8 by default" in bench_help
+    calibrate_help = words(succeed("calibrate", "--help").output)
+    assert "--mean-bits 4 --recipe fast" in calibrate_help and "keep far more accuracy than lampq" in calibrate_help
+    assert "--mean-bits 4 --recipe fast" in quickstart.NEXT_STEPS
 
 
 def test_plan_for_other_weights(bench, tmp_path):

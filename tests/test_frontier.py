@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from lampq_rt import Plan, frontier
+from lampq_rt.calibrate import RECIPES, reconstruct
 from lampq_rt.cli import main
 from lampq_rt.errors import DataError
 from lampq_rt.frontier import Point, Sweep, front, table, verdicts
@@ -97,7 +99,9 @@ def test_a_stopped_sweep_goes_on_with_its_plans(data, swept, tmp_path, monkeypat
     assert all(point[key] == value for key, value in found.items())
 
 
-def test_wrong_input_is_one_line(data, swept, tmp_path):
+def test_wrong_input_is_one_line(data, swept, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
     def fail(*given):
         result = run(*given)
         assert result.exit_code == 2, result.output
@@ -111,18 +115,71 @@ def test_wrong_input_is_one_line(data, swept, tmp_path):
     assert "seed = 0, not 1" in fail(*arguments(data, swept.out, *swept.labels, "--seed", 1))
     new = tmp_path / "new"
     for option, value, why in (
-        ("--mean-bits", "4,x", "numbers from 1 to 8"),
-        ("--mean-bits", "9", "numbers from 1 to 8"),
+        ("--mean-bits", "4,x", "numbers from 2 to 8"),
+        ("--mean-bits", "9", "numbers from 2 to 8"),
+        ("--mean-bits", "1,8", "numbers from 2 to 8"),
+        ("--device", "cuda", "no CUDA GPU"),
+        ("--device", "abacus", "unknown device"),
+        ("--target", "gpu", "unknown target 'gpu'; allowed: any, cpu, cuda"),
         ("--recipes", "magic", "unknown recipe 'magic'"),
         ("--y", "beauty", "known: kl, agreement, top1"),
         ("--y", "top1", "needs --labels"),
         ("--images", tmp_path / "no", "does not exist"),
+        ("--images", data / "eval", "3 images of the 5 to evaluate on would be calibrated or trained on, too"),
     ):
         assert why in fail(*arguments(data, new, option, value))
     assert "nothing to do" in fail(*arguments(data, new, "--recipes", "uniform", "--mean-bits", "4.5"))
     assert not new.exists()
     (swept.out / "points.jsonl").open("a").write("{}\n")
     assert "line 6: not a point" in fail(*arguments(data, swept.out, *swept.labels))
+
+
+@pytest.mark.parametrize("broken", ["calib", "eval"])
+def test_a_start_that_fails_leaves_nothing(data, tmp_path, broken):
+    shutil.copytree(data / broken, tmp_path / broken)
+    for path in (tmp_path / broken).iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    option = {"calib": "--images", "eval": "--eval-images"}[broken]
+    result = run(*arguments(data, tmp_path / "sweep", option, tmp_path / broken, "--mean-bits", 4))
+    assert result.exit_code == 2 and "not a readable image" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [broken]
+
+
+def test_pictures_are_told_by_their_content(data, tmp_path):
+    shutil.copytree(data / "eval", tmp_path / "eval")
+    shutil.copy(data / "calib" / "3.png", tmp_path / "eval" / "renamed.png")
+    new = ("--eval-images", tmp_path / "eval", "--calib-images", 6, "--limit", 7)
+    result = run(*arguments(data, tmp_path / "sweep", *new))
+    assert result.exit_code == 2 and not (tmp_path / "sweep").exists()
+    assert "1 image of the 7 to evaluate on" in result.stderr and "renamed.png" in result.stderr
+
+
+def test_a_recipe_that_trains_has_images_for_it_and_goes_on(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(reconstruct, "KEEP_EVERY", 2)
+    short = replace(RECIPES.get("lampq+rec"), name="short", schedule=reconstruct.Schedule(steps=4, batch=3))
+    monkeypatch.setitem(RECIPES._entries, "short", short)
+    out, seen = tmp_path / "sweep", []
+    before = ("--mean-bits", 4, "--recipes", "uniform", "--no-latency")
+    assert run(*arguments(data, out, *before)).exit_code == 0
+    given = ("--mean-bits", 4, "--recipes", "uniform,short", "--no-latency", "--train-images", 5)
+    step = reconstruct._Training._gradients
+
+    def interrupted(training, *rest):
+        seen.append(len(training.course.images))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return step(training, *rest)
+
+    monkeypatch.setattr(reconstruct._Training, "_gradients", interrupted)
+    assert run(*arguments(data, out, *given)).exit_code != 0
+    assert (out / "plan.training").is_file() and not (out / "plans" / "short-4.plan").exists()
+    result = run(*arguments(data, out, *given, "--json", "-"))
+    assert result.exit_code == 0, result.output
+    assert set(seen) == {5} and len(seen) == 4 + 2  # two steps of the four had been kept
+    assert [p["recipe"] for p in json.loads(result.stdout)["points"]] == ["uniform", "short"]
+    assert not (out / "plan.training").exists()
+    assert run(*arguments(data, out, *before)).exit_code == 0
+    assert "training images" in run(*arguments(data, out, *given[:-1], 6)).stderr
 
 
 def point(recipe, bits, disk, kl, **more):
@@ -149,6 +206,7 @@ def test_the_front_holds_what_nothing_smaller_matches():
 
 def test_verdicts_are_paired(tmp_path):
     sweep = Sweep(tmp_path / "sweep", {"model": "m"})
+    sweep.make()
     base = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     for recipe, bits, kl in (
         ("uniform", 3, base),

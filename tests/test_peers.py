@@ -63,7 +63,7 @@ def test_missing_package_is_left_out_with_the_way_to_install_it(job, monkeypatch
     found = bench(job.original, job.plan, batches=[1], against=["openvino-int8"], rounds=2, input_size=SIZE)
     assert [row["variant"] for row in found.rows] == [OURS]
     assert found.left_out == {
-        "openvino-int8": "openvino and nncf not installed; to have it: pip install 'lampq_rt[peers]'"
+        "openvino-int8": "openvino and nncf not installed; to have it: pip install '.[peers]' in a checkout"
     }
     assert peers.versions("openvino-int8") == {}
 

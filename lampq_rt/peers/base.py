@@ -16,7 +16,7 @@ from lampq_rt.errors import BackendError
 from lampq_rt.plan import weights_digest
 from lampq_rt.variants import VARIANTS, Builder, Contender, Job
 
-INSTALL = "pip install 'lampq_rt[peers]'"
+INSTALL = "pip install '.[peers]' in a checkout"
 
 
 @dataclass(frozen=True)
