@@ -39,6 +39,7 @@ from lampq_rt.calibrate.provenance import Facts, provenance
 from lampq_rt.calibrate.recipes import PLAIN, RECIPES, Preparation, Recipe
 from lampq_rt.calibrate.refine import refine
 from lampq_rt.calibrate.search_evidence import SearchEvidence
+from lampq_rt.calibrate.setting import Setting, silent
 from lampq_rt.calibrate.variables import Variable
 from lampq_rt.edits import replaced_activations
 from lampq_rt.errors import BudgetError
@@ -95,21 +96,11 @@ def make_plan(
     """
     check_processes(RECIPES.get(recipe), shard.world)  # before the minutes that measuring takes
     with reporting(progress) as report:
-        calibration = Calibration(
-            model,
-            images,
-            labels,
-            target,
-            seed,
-            device,
-            model_name=model_name,
-            images_digest=images_digest,
-            latency_table=latency_table,
-            report=report,
-            shard=shard,
-            material=material,
-        )
-        return calibration.plan(budget, recipe)
+        setting = Setting(
+            target=target, seed=seed, device=device, model_name=model_name, images_digest=images_digest,
+            latency_table=latency_table, report=report, shard=shard, material=material,
+        )  # fmt: skip
+        return Calibration(model, images, labels, setting).plan(budget, recipe)
 
 
 def calibrate(
@@ -127,25 +118,27 @@ def calibrate(
     shard: Shard = SINGLE,
     material: Material = NO_MORE,
 ) -> Calibration:
-    """A calibration that several plans can be asked of; arguments and errors as `make_plan`."""
-    return Calibration(
-        model,
-        images,
-        labels,
-        target,
-        seed,
-        device,
-        model_name=model_name,
-        images_digest=images_digest,
-        latency_table=latency_table,
-        report=report,
-        shard=shard,
-        material=material,
-    )
+    """A calibration that several plans can be asked of; arguments and errors as `make_plan`.
+
+    `report` is what `progress` is there, as a function alone.
+    """
+    setting = Setting(
+        target=target, seed=seed, device=device, model_name=model_name, images_digest=images_digest,
+        latency_table=latency_table, report=report or silent, shard=shard, material=material,
+    )  # fmt: skip
+    return Calibration(model, images, labels, setting)
 
 
 class Calibration:
-    """One model with its calibration images. Made by `calibrate`; `plan` measures what is missing and keeps it."""
+    """One model with its calibration images. Made by `calibrate`; `plan` measures what is missing and keeps it.
+
+    Args:
+        model: in floating point; not changed.
+        images: [n, C, H, W] floating point, normalised as for the model.
+        labels: int64 [n] or None.
+        setting: where and with what.
+        preparation: of the model, before anything is measured.
+    """
 
     @torch.inference_mode(False)  # the caller may be in it, and gradients are asked for all the same
     def __init__(
@@ -153,29 +146,20 @@ class Calibration:
         model: nn.Module,
         images: Tensor,
         labels: Tensor | None,
-        target: str,
-        seed: int,
-        device: str | torch.device | None,
-        *,
-        model_name: str | None,
-        images_digest: str | None,
-        latency_table: LatencyTable | Path | None = None,
-        report: Report | None,
-        shard: Shard = SINGLE,
-        material: Material = NO_MORE,
+        setting: Setting,
         preparation: Preparation = PLAIN,
     ) -> None:
-        self.original = model
-        self.ready = prepared(model, images, preparation, seed, material.images, report)
+        self.original, material = model, setting.material
+        self.ready = prepared(model, images, preparation, setting.seed, material.images, setting.report)
         self.measurements = Measurements(
             self.ready.model,
             images,
             labels,
-            target=target,
-            seed=seed,
-            device=resolve_device(device),
-            report=report or (lambda stage, done, total: None),
-            shard=shard,
+            target=setting.target,
+            seed=setting.seed,
+            device=resolve_device(setting.device),
+            report=setting.report,
+            shard=setting.shard,
             preparation=preparation,
             teacher=self.ready.teacher,
         )
@@ -184,12 +168,15 @@ class Calibration:
         self.material = material
         self._prepared: dict[Preparation, Calibration] = {preparation: self}
         self.description = self.measurements.description
-        self.timed = TimedCosts(model, self.measurements.images.shape[1:], target, latency_table)
+        self.timed = TimedCosts(model, self.measurements.images.shape[1:], setting.target, setting.latency_table)
         self.problems = Problems(model, self.measurements, self.timed)
-        self.target = target
-        self.model_name = model_name or self.description.architecture
+        self.target = setting.target
+        self.model_name = setting.model_name or self.description.architecture
         self.weights_digest = weights_digest(model)
-        self.images_digest = images_digest or digest(self.measurements.images, shard)
+        self.images_digest = setting.images_digest or digest(self.measurements.images, setting.shard)
+        self._setting = replace(
+            setting, model_name=self.model_name, images_digest=self.images_digest, material=self.material
+        )
         self._evidence: dict[tuple[str, int, bool], SearchEvidence] = {}
         self._scores: dict[tuple[str, str, int, bool], Score] = {}
 
@@ -210,22 +197,8 @@ class Calibration:
     def _for(self, preparation: Preparation) -> Calibration:
         """The calibration of the model as prepared in that way; what it measures is kept."""
         if preparation not in self._prepared:
-            m = self.measurements
-            self._prepared[preparation] = Calibration(
-                self.original,
-                m.images,
-                m.labels,
-                self.target,
-                m.seed,
-                next(m.simulation.parameters()).device,
-                model_name=self.model_name,
-                images_digest=self.images_digest,
-                latency_table=self.timed.source,
-                report=m.report,
-                shard=m.shard,
-                material=self.material,
-                preparation=preparation,
-            )
+            m, setting = self.measurements, replace(self._setting, latency_table=self.timed.source)
+            self._prepared[preparation] = Calibration(self.original, m.images, m.labels, setting, preparation)
         return self._prepared[preparation]
 
     def _plan(self, budget: Budget, chosen: Recipe) -> Plan:

@@ -120,7 +120,7 @@ def finished(
         ready: `original` as prepared.
         candidates: formats and steps of all sites; where the recipe compensates, formats suffice, and there may be
             several.
-        recipe: says whether to compensate and to train.
+        recipe: says whether to compensate, with which range search, and whether to train.
         material: to train with.
 
     Raises:
@@ -128,7 +128,7 @@ def finished(
     """
     found, biases, chosen, model = dict(candidates[0]), dict[str, Tensor](), 0, ready.model
     if recipe.compensate:
-        found, biases, chosen = _best_compensated(measurements, model, candidates)
+        found, biases, chosen = _best_compensated(measurements, model, candidates, recipe.search)
     elif model is not original:
         found = {name: _with_codes(measurements, name, params) for name, params in found.items()}
     integer = frozenset(f"{name}.weight" for name, params in found.items() if not params.is_float)
@@ -167,9 +167,9 @@ def _reconstructed(
 
 
 def _best_compensated(
-    measurements: Measurements, model: nn.Module, candidates: Sequence[Mapping[str, SiteParams]]
+    measurements: Measurements, model: nn.Module, candidates: Sequence[Mapping[str, SiteParams]], search: str
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor], int]:
-    """Sites, biases and number of the candidate that diverges least once it is compensated.
+    """Sites, biases and number of the candidate that diverges least once it is compensated, with that range search.
 
     Where inputs of fc2 have steps by channel, one step is tried, too, and kept unless it is clearly worse.
     """
@@ -189,6 +189,7 @@ def _best_compensated(
             images,
             options[place].sites,
             prefix_shares=shares,
+            search=search,
             seed=m.seed,
             progress=report,
         )

@@ -29,7 +29,8 @@ class Preparation:
         fc2_input: "tensor", or "channel" for a step a channel of fc2's input where it has 8 bits; a recipe that
             compensates tries one step, too (`prepare`).
         scheme: of the inputs of the blocks' linears at 2..7 bits: "uniform" or "table".
-        weights: scheme of all linears' weights at 2..7 bits: "uniform" or "levels".
+        weights: scheme of all linears' weights at 2..7 bits: "uniform" or "levels". With "levels" and free widths
+            (`Recipe.free`), weights of the blocks may have 1 bit, too.
         relu: steps in which each MLP learns to do with ReLU what it does with GELU (`relu`), after the rewrites; 0: it
             keeps its GELU.
         families: kinds of the blocks' linears whose inputs have tables whatever `scheme` says, each with the family of

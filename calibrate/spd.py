@@ -12,6 +12,13 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
+ROWS = 256
+"""Rows of a large `cross` that `ridge` solves for at once on a CPU: more would lie in memory in fp64 for nothing.
+LAPACK gives the bits that it gives for all rows: tried for K of 768 to 5,120. (K = 588 has others, and is small.)"""
+
+LARGE = 1 << 20
+"""Elements of a large `cross`: one such takes 8 MB in fp64. Of smaller ones no part is worth a call."""
+
 
 def solve(a: Tensor, b: Tensor) -> Tensor:
     """a^-1 b, fp64 [K, N].
@@ -23,10 +30,7 @@ def solve(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ArithmeticError: `a` is not positive definite.
     """
-    if a.device.type != "cpu":
-        return torch.cholesky_solve(b, torch.linalg.cholesky(a))
-    factor = _done(*lapack.dpotrf(a.numpy().T, lower=0, clean=0, overwrite_a=1))
-    return torch.from_numpy(_done(*lapack.dpotrs(factor, b.numpy(), lower=0, overwrite_b=1)))
+    return _solved(_factor(a), b)
 
 
 def ridge(moment: Tensor, cross: Tensor, share: float) -> Tensor:
@@ -42,7 +46,11 @@ def ridge(moment: Tensor, cross: Tensor, share: float) -> Tensor:
     """
     damped = moment.to(torch.float64, copy=True)
     damped.diagonal().add_((share * moment.diagonal().mean().double()).clamp_min(1e-12))
-    return solve(damped, cross.to(torch.float64, copy=True).t()).t().float()
+    factor, found = _factor(damped), torch.empty_like(cross, dtype=torch.float32, memory_format=torch.contiguous_format)
+    size = ROWS if cross.numel() > LARGE and cross.device.type == "cpu" else len(cross)
+    for rows, out in zip(cross.split(size), found.split(size), strict=True):
+        out.copy_(_solved(factor, rows.to(torch.float64, copy=True).t()).t())
+    return found
 
 
 def inverse_factor(a: Tensor) -> Tensor:
@@ -57,10 +65,26 @@ def inverse_factor(a: Tensor) -> Tensor:
     if a.device.type != "cpu":
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(a))
         return torch.linalg.cholesky(inverse, upper=True)
-    upper = _done(*lapack.dpotrf(a.numpy().T, lower=0, clean=0, overwrite_a=1))
-    inverse = _done(*lapack.dpotri(upper, lower=0, overwrite_c=1))
+    inverse = _done(*lapack.dpotri(_factor(a).numpy().T, lower=0, overwrite_c=1))
     upper = _done(*lapack.dpotrf(inverse, lower=0, clean=0, overwrite_a=1))
     return torch.from_numpy(upper.T).tril_().t()
+
+
+def _factor(a: Tensor) -> Tensor:
+    """fp64 [K, K], lower triangle L with L L^T = a, in the memory of `a` on a CPU; above it lies something else.
+
+    LAPACK, which goes by columns, is told of the upper triangle of the same memory.
+    """
+    if a.device.type != "cpu":
+        return torch.linalg.cholesky(a)
+    return torch.from_numpy(_done(*lapack.dpotrf(a.numpy().T, lower=0, clean=0, overwrite_a=1)).T)
+
+
+def _solved(factor: Tensor, b: Tensor) -> Tensor:
+    """`solve` with the `_factor` of its matrix; `b` is used up as there."""
+    if factor.device.type != "cpu":
+        return torch.cholesky_solve(b, factor)
+    return torch.from_numpy(_done(*lapack.dpotrs(factor.numpy().T, b.numpy(), lower=0, overwrite_b=1)))
 
 
 def _done(found: Any, info: int) -> Any:

@@ -39,7 +39,7 @@ def answers(model: VisionTransformer, x: Tensor) -> Tensor:
 
 
 def outputs(model: VisionTransformer, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and what every block gives."""
+    """Logits [B, classes] of fp32 images [B, C, H, W], and what every block gives, [B, tokens, width] each."""
     x, found = embedded(model, images), list[Tensor]()
     for block in model.blocks:
         x = block(x)

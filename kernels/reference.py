@@ -144,7 +144,18 @@ def linear_float(
     dtype: torch.dtype,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """`linear` in `dtype`."""
+    """`linear` in `dtype`, [..., N].
+
+    Args:
+        x_q: codes: int8 or uint8 container [..., K], or int4, that is uint8 [..., K/2].
+        w_q: int8 [N, K], or uint8 [N, K/2] packed.
+        scale: fp32 [N], step of the input times those of the weight.
+        column: int32 [N], see `column_constant`.
+        bias: fp32 [N] or None.
+        activation: "gelu" (erf form) or "none".
+        dtype: fp32, fp16 or bf16.
+        levels: int8 [16] where the codes of a packed weight name levels, or None.
+    """
     return linear(x_q, w_q, scale, column, bias, activation, levels).to(dtype)
 
 
@@ -216,7 +227,14 @@ def linear_residual_layernorm(
     table: Tensor | None = None,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """`linear_residual`, then `layernorm_quantize` of the new x."""
+    """`linear_residual`, then codes [..., N] in container `dtype`: `layernorm_quantize` of the new x.
+
+    Args:
+        x: the residual stream, fp32, fp16 or bf16 [..., N]; changed in place.
+        x_q, w_q, scale, column, bias, levels: of the linear, as in `linear_float`.
+        norm_weight, norm_bias: of the LayerNorm, floating point [N] or None; `eps` its number.
+        inv_scale, zero_point, bits, dtype, table: of the codes, numbers and int8 [256] or None, as in `quantize`.
+    """
     linear_residual(x, x_q, w_q, scale, column, bias, levels)
     return layernorm_quantize(x, norm_weight, norm_bias, eps, inv_scale, zero_point, bits, dtype, table)
 

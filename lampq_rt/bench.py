@@ -258,6 +258,7 @@ def _row(
         "images_per_s": round(batch * 1e3 / median, 2),
         "peak_memory_bytes": entrant.peak_bytes,
         "weight_bytes": entrant.contender.weight_bytes,
+        "served_bytes": entrant.contender.served_bytes,
         "versions": versions(variant),
         "machine": machine(device),
         "threads": torch.get_num_threads(),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lampq_rt import backends
 from lampq_rt.edits import edited
 from lampq_rt.errors import PlanError
+from lampq_rt.models import weight_bytes
 from lampq_rt.plan import Plan
 from lampq_rt.quantizers import flaw, table
 from lampq_rt.runner import GraphRunner, l2_bytes, micro_batch_for
@@ -136,9 +137,24 @@ class CompiledModel(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers in memory: codes in their containers, scales, embeddings, norms."""
-        tensors = {t.data_ptr(): t for t in (*self.parameters(), *self.buffers())}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        """Bytes of all parameters and buffers in memory: codes in their containers, scales, embeddings, norms.
+
+        What a checkpoint of it needs once loaded; `served_bytes` tells what serving adds.
+        """
+        return weight_bytes(self)
+
+    @property
+    def served_bytes(self) -> int:
+        """Bytes that serving holds of the weights: `weight_bytes`, and what kernels repacked for this model so far.
+
+        On a CPU the first forward pass repacks every linear for the processor, one byte a code whatever its width, and
+        keeps that beside the stored codes: ask after it, before it nothing is repacked. GPU kernels read the codes as
+        they are stored: there it is `weight_bytes`. Activations, and what CUDA graphs hold (`graph_memory_bytes`), are
+        not counted.
+        """
+        from lampq_rt.kernels.cpu.prepack import cached_bytes
+
+        return self.weight_bytes + cached_bytes(self.buffers())
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint; see `lampq_rt.checkpoint.save`."""

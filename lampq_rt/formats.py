@@ -23,6 +23,9 @@ TABLE_BITS = INTEGER_BITS[:-1]
 LEVEL_BITS = (1, *TABLE_BITS)
 """Widths of scheme "levels": a weight may also have two levels. In memory they take what 4 bits take."""
 
+ALLOWED_BITS = "2..8, or 16 for floating point (1 for weights of scheme 'levels')"
+"""For messages: the widths that there are."""
+
 GRANULARITIES = ("tensor", "head", "channel", "row")
 
 
@@ -49,7 +52,7 @@ class Format:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (1, *INTEGER_BITS, FLOAT_BITS):
-            raise FormatError(f"bits = {self.bits!r}; allowed: 2..8, or 16 for floating point")
+            raise FormatError(f"bits = {self.bits!r}; allowed: {ALLOWED_BITS}")
         if (self.bits == FLOAT_BITS) != (self.scheme == "float"):
             raise FormatError(f"{self.bits} bits with scheme {self.scheme!r}; 16 bits and scheme 'float' go together")
         if self.scheme == "table" and self.bits not in TABLE_BITS:

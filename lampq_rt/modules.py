@@ -130,7 +130,15 @@ class IntegerLinear(nn.Module):
         return self.input_inv_scale, self.input_offset
 
     def codes(self, x: Tensor) -> tuple[float, int, int, torch.dtype, Tensor | None]:
-        """The ops' arguments for codes of this linear's input, on x's device, where it has one step."""
+        """The ops' last arguments where they make codes for this linear.
+
+        Args:
+            x: any tensor on the device where the codes will lie.
+
+        Returns:
+            1/step, zero-point, bits (2..8), container, and `table`, int8 [256] or None. Where the input has steps by
+            channel, `vectors` hold what the first two do not say.
+        """
         step = self.input
         return step.inv_scale, step.zero_point, step.bits, step.container(x, self.backend), self.table
 
@@ -143,7 +151,14 @@ class IntegerLinear(nn.Module):
         return bool((self.input_offset == least).all())
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Codes of floating-point `x` in this linear's input format."""
+        """Codes in this linear's input format.
+
+        Args:
+            x: fp32, fp16 or bf16 [..., K].
+
+        Returns:
+            [..., K] in `input`'s container on x's device; uint8 [..., K/2] where that is int4.
+        """
         if self.vectors is not None:
             return ops(self.backend).quantize_channels(x, *self.vectors, *self.codes(x)[2:])
         return ops(self.backend).quantize(x, *self.codes(x))
@@ -168,12 +183,27 @@ class IntegerLinear(nn.Module):
         return ops(self.backend).linear_float(*args, dtype, levels=self.levels)
 
     def add_to(self, x: Tensor, x_q: Tensor) -> None:
-        """x += the result, in place."""
+        """x += the result, in place.
+
+        Args:
+            x: fp32, fp16 or bf16 [..., N]; the sum is formed in fp32.
+            x_q: codes [..., K] as `quantize` makes them.
+        """
         args = (x, x_q, self.w_q, self.scale, self.column, self.bias)
         ops(self.backend).linear_residual(*args, levels=self.levels)
 
     def add_to_and_norm(self, x: Tensor, x_q: Tensor, norm: QuantizingNorm, reader: IntegerLinear) -> Tensor:
-        """x += the result, in place; the codes for `reader` that `norm`, a LayerNorm's, makes of the new x."""
+        """x += the result, in place, and the new x normalised.
+
+        Args:
+            x: fp32, fp16 or bf16 [..., N]; the sum is formed in fp32.
+            x_q: codes [..., K] as `quantize` makes them.
+            norm: of a LayerNorm over N (`is_layernorm`).
+            reader: whose input the codes are; with one step for all channels.
+
+        Returns:
+            Codes [..., N] in the container of `reader`'s input.
+        """
         args = (x, x_q, self.w_q, self.scale, self.column, self.bias)
         tail = (*norm.layernorm(), *reader.codes(x))
         return ops(self.backend).linear_residual_layernorm(*args, *tail, levels=self.levels)
@@ -240,12 +270,20 @@ class IntegerAttention(nn.Module):
         self.register_buffer("v_scale", v.clone())
 
     def heads_from_codes(self, qkv: IntegerLinear, x_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v codes from the codes that enter the qkv linear."""
+        """q, k, v codes from the codes that enter the qkv linear.
+
+        Args:
+            qkv: the linear, of 3*H*d outputs.
+            x_q: codes [B, N, K] as `qkv.quantize` makes them.
+
+        Returns:
+            q and k, int8 [B, H, N, d], and v transposed, int8 [B, H, d, N_pad], zero in the padding.
+        """
         args = (x_q, qkv.w_q, qkv.scale, qkv.column, qkv.bias, self.heads, self.steps, self.qk_bits, self.v_bits)
         return ops(self.backend).linear_qkv(*args, levels=qkv.levels)
 
     def heads_from_float(self, qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v codes from floating point [B, N, 3*H*d], after LayerNorm of q and k where the model has it."""
+        """Codes as `heads_from_codes`, from floating point [B, N, 3*H*d]; q and k pass their LayerNorms, if any."""
         tail = (self.heads, self.steps, self.qk_bits, self.v_bits)
         if isinstance(q_norm, nn.LayerNorm) and isinstance(k_norm, nn.LayerNorm):
             norms = (True, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps)

@@ -108,7 +108,15 @@ def recorded(function: Callable[[Tensor], Any], images: Tensor) -> list[LinearWo
 
 
 def tune_missing(function: Callable[[Tensor], Any], images: Tensor) -> None:
-    """Tune what `function(images)` launches and no table has; the user's own table keeps it. Not inside a capture."""
+    """Tune the linears that `function(images)` launches and no table has; the user's own table keeps what is found.
+
+    Args:
+        function: an integer model on the GPU; called once, and not while a CUDA graph is captured.
+        images: fp32 [B, C, H, W] on the GPU; tables go by the number of rows, so by B.
+
+    Raises:
+        BackendError: there is no GPU that the kernels run on.
+    """
     from lampq_rt.kernels.gpu import tables, tune
 
     arch = gpu_architecture()

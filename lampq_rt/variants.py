@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lampq_rt.compiler import CompiledModel
 from lampq_rt.compiler import compile as compile_plan
 from lampq_rt.errors import BackendError
 from lampq_rt.models import weight_bytes
@@ -67,6 +68,16 @@ class Contender:
         if self.stored_bytes is not None or self.model is None:
             return self.stored_bytes
         return weight_bytes(self.model)
+
+    @property
+    def served_bytes(self) -> int | None:
+        """Bytes that serving holds of its weights, repacked copies among them; None where that is not known.
+
+        To be asked after a run. Code that was compiled from `model` keeps copies that nobody counts.
+        """
+        if isinstance(self.model, CompiledModel):
+            return self.model.served_bytes
+        return self.weight_bytes if self.run is self.model else None
 
 
 Builder = Callable[[Job], Contender]

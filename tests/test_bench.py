@@ -46,6 +46,8 @@ def test_rows(model, plan):
         assert {"lampq_rt", "torch", "timm", "python"} <= set(row["versions"])
     fp32, bf16, ours = result.rows[:3]
     assert fp32["weight_bytes"] == weight_bytes(model) == 2 * bf16["weight_bytes"] > 2 * ours["weight_bytes"]
+    assert fp32["served_bytes"] == fp32["weight_bytes"] and bf16["served_bytes"] == bf16["weight_bytes"]
+    assert ours["served_bytes"] > ours["weight_bytes"]  # on a CPU, weights are repacked beside the stored ones
     assert 1.0 in (fp32["speedup"], bf16["speedup"])  # over the faster one by median; a busy round may differ
     assert json.dumps(result.rows, allow_nan=False)
 

@@ -142,6 +142,20 @@ def test_the_better_of_two_candidates_is_kept() -> None:
         assert kept == best and {p.formats["weight"].bits for p in sites.values() if "weight" in p.formats} == {8}
 
 
+def test_steps_are_those_of_the_recipe_s_search() -> None:
+    model = tiny_vit(depth=1)
+    recipe = RECIPES.get("fast")
+    prepared = calibrate(model, images_for(model, 16))._for(recipe.preparation)
+    m, found = prepared.measurements, {}
+    bare = prepared._bare({s.name: m.formats(s, 8) for s in prepared.description.sites})
+    for search in ("output-error", "minmax"):
+        sites, *_ = finished(m, model, prepared.ready, [bare], replace(recipe, search=search))
+        found[search] = {f"{name} {key}": t for name, p in sites.items() for key, t in p.tensors.items()}
+    first, second = found.values()
+    for key in ("blocks.0.attn.qkv input.scale", "blocks.0.attn.qk q.scale"):
+        assert not torch.equal(first[key], second[key]), key
+
+
 @pytest.mark.parametrize(
     ("outlier", "bits", "granularity"), [(200.0, 8, "channel"), (0.0, 8, "tensor"), (200.0, 4, "tensor")]
 )

@@ -15,6 +15,8 @@ import lampq_rt
 from lampq_rt.adapters import describe
 from lampq_rt.errors import BackendError, FormatError, ModelError, PlanError
 from lampq_rt.formats import Format
+from lampq_rt.models import weight_bytes
+from lampq_rt.modules import IntegerLinear
 from lampq_rt.plan import SiteParams
 from tests.plans import VARIANTS as COMMON
 from tests.plans import assert_paths_agree, range_plan, rms, tiny_vit
@@ -161,6 +163,33 @@ def test_four_bit_weights_lie_two_to_a_byte(small: Small) -> None:
     saved = 2 * 64 * 256 // 2  # fc1 of two blocks
     assert eight.weight_bytes - mixed.weight_bytes == saved
     assert mixed.model.blocks[0].mlp.fc1.w_q.shape == (256, 32)
+
+
+def test_weights_repacked_by_the_kernels_are_counted_with_their_model(small: Small) -> None:
+    model, plan, images = small
+    fast, other = (lampq_rt.compile(model, plan) for _ in range(2))
+    assert fast.served_bytes == fast.weight_bytes, "nothing is repacked before a forward pass"
+    with torch.inference_mode():
+        fast(images)
+    codes = sum(m.out_features * m.in_features for m in fast.modules() if isinstance(m, IntegerLinear))
+    served = fast.served_bytes
+    assert fast.weight_bytes + codes <= served < fast.weight_bytes + 2 * codes  # beside codes: constants a channel
+    with torch.inference_mode():
+        fast(images[:1])
+    assert fast.served_bytes == served and copy.deepcopy(fast).served_bytes == fast.weight_bytes
+    assert other.served_bytes == other.weight_bytes
+    reference = lampq_rt.compile(model, plan, backend="reference")
+    reference(images)
+    assert reference.served_bytes == reference.weight_bytes
+
+
+def test_weight_bytes_are_those_of_any_model(small: Small) -> None:
+    """A tensor that shares another's address, but not its size, hides nothing."""
+    model, plan, _ = small
+    fast = lampq_rt.compile(model, plan)
+    whole = fast.weight_bytes
+    fast.register_buffer("first", fast.model.head.linear.w_q[0])
+    assert fast.weight_bytes == weight_bytes(fast) >= whole
 
 
 @pytest.mark.slow

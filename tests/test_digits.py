@@ -58,6 +58,8 @@ def test_model_is_accurate_on_images_it_never_saw():
 
 
 def test_widths_are_multiples_of_64():
-    for name, parameter in digits.load_digits_model().named_parameters():
-        if name.startswith("blocks.") and parameter.ndim == 2:
-            assert all(size % 64 == 0 for size in parameter.shape), name
+    model = digits.load_digits_model()
+    weights = {name: p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+    assert len(weights) == 4 * len(model.blocks) > 0  # qkv, proj, fc1 and fc2 of every block
+    for name, weight in weights.items():
+        assert all(size % 64 == 0 for size in weight.shape), name

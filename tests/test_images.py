@@ -2,7 +2,9 @@
 
 import io
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,12 +116,30 @@ def test_batches_keep_order_and_cover_all(tmp_path, preprocess):
     assert torch.equal(images.load_images(files, preprocess), torch.cat(batches))
 
 
-def test_batches_can_be_left_early(tmp_path, preprocess):
+def test_batches_can_be_left_early(tmp_path, preprocess, monkeypatch):
+    """Images that wait for a decoder then are not decoded any more."""
+    begun, left, load = [], threading.Event(), images.load_image
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            left.set()
+            super().shutdown(wait=wait)
+
+    def decode(path, chosen):
+        begun.append(path.name)
+        assert len(begun) < 3 or left.wait(60)
+        return load(path, chosen)
+
+    for name, value in (("load_image", decode), ("ThreadPoolExecutor", Pool), ("DECODERS", 1)):
+        monkeypatch.setattr(images, name, value)
     for i in range(6):
         picture(i).save(tmp_path / f"{i}.png")
     stream = images.batches(images.list_images(tmp_path), preprocess, 2)
-    next(stream)
+    assert next(stream).shape == (2, 3, 160, 160)
     stream.close()
+    assert begun in (["0.png", "1.png"], ["0.png", "1.png", "2.png"])  # the third may have been under way
+    assert list(stream) == []
 
 
 def jpeg():

@@ -280,7 +280,7 @@ BITS = f"sites/{QKV}/formats/weight/bits"
         (_set(f"sites/{QKV}/params", 1e3), f"sites['{QKV}'].params: expected a whole number"),
         (_set(f"sites/{QKV}/params", 10**30), f"sites['{QKV}'].params: expected a whole number"),
         (_set(f"sites/{QKV}/formats/input"), f"sites['{QKV}'].formats: 'input' is missing"),
-        (_set(BITS, 9), "formats.weight: bits = 9; allowed: 2..8"),
+        (_set(BITS, 9), "bits = 9; allowed: 2..8, or 16 for floating point (1 for weights of scheme 'levels')"),
         (_set(BITS, 4.0), "formats.weight: bits = 4.0; allowed: 2..8"),
         (_set(BITS, "4"), "formats.weight: bits = '4'"),
         (_set(f"sites/{QKV}/formats/weight/scheme", "magic"), "scheme: expected float or"),

@@ -54,3 +54,23 @@ def test_a_ridge_regression_solves_its_normal_equations(dtype: torch.dtype) -> N
     damping = 0.1 * moment.diagonal().mean() * torch.eye(6, dtype=dtype)
     torch.testing.assert_close(found.to(dtype) @ (moment + damping), cross, rtol=1e-4, atol=1e-4)
     assert torch.equal(moment, before[0]) and torch.equal(cross, before[1]) and found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("outputs", "features"), [(1025, 1100), (1000, 192)])
+def test_a_large_regression_is_in_fp64_in_parts(outputs: int, features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes is what all at once would give, to the bit."""
+    source = torch.Generator().manual_seed(0)
+    moment, cross = matrix(features).float(), torch.randn(outputs, features, generator=source)
+    sizes: list[int] = []
+
+    def noted(factor: Tensor, b: Tensor) -> Tensor:
+        sizes.append(b.shape[1])
+        return solved(factor, b)
+
+    solved = spd._solved
+    monkeypatch.setattr(spd, "_solved", noted)
+    found = spd.ridge(moment, cross, 0.1)
+    assert sizes == ([256, 256, 256, 256, 1] if features > 1000 else [outputs])
+    damped = moment.double()
+    damped.diagonal().add_(0.1 * moment.diagonal().mean().double())
+    assert torch.equal(found, solved(spd._factor(damped), cross.double().t()).t().float())

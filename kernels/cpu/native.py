@@ -150,6 +150,14 @@ def has_products() -> bool:
 def code_arguments(
     inv_scale: float, zero_point: int, bits: int, dtype: torch.dtype
 ) -> tuple[float, float, float, float, int]:
+    """How codes are made, in the order of `_CODES`: 1/step, zero-point, least and largest code, what is stored beside.
+
+    Args:
+        inv_scale: 1/step.
+        zero_point: of the signed code.
+        bits: 2..8.
+        dtype: container, int8 or uint8; the last number, which is added to each code, is 128 for uint8 and 0 for int8.
+    """
     low, high = reference.code_range(bits)
     return inv_scale, float(zero_point), float(low), float(high), reference.OFFSET if dtype == torch.uint8 else 0
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -22,7 +22,7 @@ CACHE_ENTRIES = 1024
 
 P = TypeVar("P")
 Pack = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"], P]
-"""Repacks a weight; see `prepacked` for its arguments. The result has the repacked tensor as `.weight`."""
+"""Repacks a weight; see `prepacked` for its arguments. The result is a dataclass."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,19 @@ _cache: OrderedDict[int, _Entry] = OrderedDict()
 _lock = threading.Lock()
 
 
-def cached_bytes() -> int:
-    """Bytes held by repacked weights, for memory reports."""
+def cached_bytes(weights: Iterable[Tensor] | None = None) -> int:
+    """Bytes held beside weights as they are stored: each repacked, with its constants, scales and biases.
+
+    Args:
+        weights: `w_q` of the linears that are asked for, other tensors count nothing; None: all in this process.
+    """
     with _lock:
-        return sum(e.packed.weight.numel() * e.packed.weight.element_size() for e in _cache.values())
+        if weights is None:
+            entries = list(_cache.values())
+        else:
+            asked = {id(w): w for w in weights}
+            entries = [e for key, e in _cache.items() if key in asked and _same(e.sources[:1], (asked[key],))]
+    return sum(_bytes(entry.packed) for entry in entries)
 
 
 def prepacked(
@@ -90,6 +99,12 @@ def _forget(key: int, made: Any) -> None:
         entry = _cache.get(key)
         if entry is not None and entry.packed is made:
             del _cache[key]
+
+
+def _bytes(packed: Any) -> int:
+    """Of all tensors of what a `Pack` made."""
+    tensors = [value for f in fields(packed) if isinstance(value := getattr(packed, f.name), Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _version(tensor: Tensor | None) -> tuple[int, int]:
