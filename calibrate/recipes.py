@@ -236,7 +236,7 @@ for _recipe in (
         "milp",
         True,
         False,
-        "the most accurate: rewrites, tables, LampQ's allocation on measured errors, compensated errors",
+        "rewrites, tables, LampQ's allocation on measured errors, compensated errors",
         STRONG,
         compensate=True,
     ),

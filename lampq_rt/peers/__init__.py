@@ -1,4 +1,5 @@
-"""What one would install instead: other runtimes, to be timed and judged beside ours. `pip install lampq_rt[peers]`.
+"""What one would install instead: other runtimes, to be timed and judged beside ours. In a checkout: `pip install
+'.[peers]'`.
 
 One file a package, each at the setting that its makers recommend for speed. A builder here is a variant of `lampq
 bench` like any other; its package is imported when it is built, and a package that is not there is an error with the
