@@ -97,7 +97,7 @@ def test_calibrate_again_gives_the_same_plan_and_says_that_images_are_few(bench)
 
 def test_a_training_that_was_interrupted_goes_on_with_the_same_command(bench, monkeypatch):
     monkeypatch.setattr(reconstruct, "KEEP_EVERY", 2)
-    short = replace(RECIPES.get("lampq+rec"), name="short", schedule=Schedule(steps=4, batch=3))
+    short = replace(RECIPES.get("fast"), name="short", schedule=Schedule(steps=4, batch=3))
     monkeypatch.setitem(RECIPES._entries, "short", short)
     plans = [bench.root / "whole.plan", bench.root / "interrupted.plan"]
     command = ["calibrate", MODEL, "--weights", bench.weights, "--images", bench.images, "--mean-bits", 4,

@@ -156,7 +156,7 @@ def test_pictures_are_told_by_their_content(data, tmp_path):
 
 def test_a_recipe_that_trains_has_images_for_it_and_goes_on(data, tmp_path, monkeypatch):
     monkeypatch.setattr(reconstruct, "KEEP_EVERY", 2)
-    short = replace(RECIPES.get("lampq+rec"), name="short", schedule=reconstruct.Schedule(steps=4, batch=3))
+    short = replace(RECIPES.get("fast"), name="short", schedule=reconstruct.Schedule(steps=4, batch=3))
     monkeypatch.setitem(RECIPES._entries, "short", short)
     out, seen = tmp_path / "sweep", []
     before = ("--mean-bits", 4, "--recipes", "uniform", "--no-latency")

