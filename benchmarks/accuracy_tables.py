@@ -51,7 +51,7 @@ def everything(rows: Sequence[Row]) -> Iterator[str]:
             label = f"W{r['bits']}A{r['bits']}" if r["recipe"] == "uniform" else f"{r['mean_bits']:.2f}"
             yield (
                 f"| {label} | {r['recipe']} | {r['top1']} | {r['lost']} | {r['agreement']} | {r['kl']} | "
-                f"{r['disk_percent']} % | {r['memory_percent']} % | {r['seconds']} |"
+                f"{r['disk_percent']} % | {r['memory_percent']} % | {_seconds(r)} |"
             )
 
 
@@ -88,6 +88,11 @@ def _by_key(rows: Sequence[Row], count: int) -> dict[tuple[str, str, int], Row]:
 
 def _judged(row: Row | None, aim: Aim) -> str:
     return _cell(row) + (", missed" if row is not None and aim.missed(row) else "")
+
+
+def _seconds(row: Row) -> str:
+    """Time of a plan; none is known where the process was halted meanwhile."""
+    return "–" if row["seconds"] is None else str(row["seconds"])
 
 
 def _cell(row: Row | None) -> str:
