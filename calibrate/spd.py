@@ -20,19 +20,6 @@ LARGE = 1 << 20
 """Elements of a large `cross`: one such takes 8 MB in fp64. Of smaller ones no part is worth a call."""
 
 
-def solve(a: Tensor, b: Tensor) -> Tensor:
-    """a^-1 b, fp64 [K, N].
-
-    Args:
-        a: fp64 [K, K], contiguous, positive definite; used up.
-        b: fp64 [K, N]; used up where its columns are contiguous.
-
-    Raises:
-        ArithmeticError: `a` is not positive definite.
-    """
-    return _solved(_factor(a), b)
-
-
 def ridge(moment: Tensor, cross: Tensor, share: float) -> Tensor:
     """Ridge regression: fp32 [N, K], cross (moment + lambda)^-1.
 
@@ -81,7 +68,7 @@ def _factor(a: Tensor) -> Tensor:
 
 
 def _solved(factor: Tensor, b: Tensor) -> Tensor:
-    """`solve` with the `_factor` of its matrix; `b` is used up as there."""
+    """a^-1 b, fp64 [K, N], with the `_factor` of a; `b` is used up where its columns are contiguous."""
     if factor.device.type != "cpu":
         return torch.cholesky_solve(b, factor)
     return torch.from_numpy(_done(*lapack.dpotrs(factor.numpy().T, b.numpy(), lower=0, overwrite_b=1)))

@@ -85,21 +85,10 @@ def frontier(
     backends.resolve(device)
     sweeps.check_folder(out)
     bench = Bench(
-        output,
-        model,
-        weights,
-        images,
-        eval_images,
-        labels,
-        calib_images,
-        train_images if _trains(wanted) else None,
-        out / sweeps.TRAINING,
-        limit,
-        seed,
-        target,
-        device,
-        batch,
-    )
+        output=output, model=model, weights=weights, images=images, eval_images=eval_images, labels=labels,
+        calib_images=calib_images, train_images=train_images if _trains(wanted) else None,
+        state=out / sweeps.TRAINING, limit=limit, seed=seed, target=target, device=device, batch=batch,
+    )  # fmt: skip
     sweep = sweeps.Sweep(out, bench.setting)
     _fill(bench, sweep, wanted, latency)
     points = sweeps.ordered(sweep.points[key] for key in wanted)

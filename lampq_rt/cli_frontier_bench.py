@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BATCH = 25
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Bench:
     """The model with its images, which are read when they are first needed.
 

@@ -16,14 +16,6 @@ def matrix(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 192])
-def test_solve(size: int) -> None:
-    a, b = matrix(size), torch.randn(size, 3, dtype=torch.float64)
-    wanted = torch.linalg.solve(a, b)
-    for right in (b.clone(), b.t().clone().t()):  # as they come: rows or columns together
-        torch.testing.assert_close(spd.solve(a.clone(), right), wanted)
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 192])
 def test_factor_of_the_inverse(size: int) -> None:
     a = matrix(size)
     found = spd.inverse_factor(a.clone())
@@ -38,7 +30,7 @@ def test_the_matrix_itself_is_used_up() -> None:
     assert found.data_ptr() == a.data_ptr()
 
 
-@pytest.mark.parametrize("work", [spd.inverse_factor, lambda a: spd.solve(a, a.clone())])
+@pytest.mark.parametrize("work", [spd.inverse_factor, lambda a: spd.ridge(a, a, 0.0)])
 def test_what_is_not_positive_definite_is_refused(work: object) -> None:
     with pytest.raises(ArithmeticError, match="not positive definite"):
         work(-matrix(4))  # type: ignore[operator]

@@ -107,13 +107,13 @@ def _run(part: Part, limit_s: float, out: Path, weights: Path | None) -> dict[st
     seconds = round(time.monotonic() - start, 1)
     data = json.loads(result.read_text()) if result.is_file() else None
     result.unlink(missing_ok=True)
-    ok = status == 0 and data is not None
+    ok = status == 0 and data is not None and not data.get("wrong")
     summary = (data or {}).get("summary", "nothing kept")
     print(f"{part.name}: {'ok' if ok else 'failed'} in {seconds} s: {summary}", flush=True)
     entry: dict[str, Any] = {"ok": ok, "seconds": seconds, "data": data}
     if not ok:
         tail = (out / "log.txt").read_bytes()[first:][-3000:].decode(errors="replace")
-        entry["error"] = f"time limit of {limit_s:.0f} s" if status == -1 else tail
+        entry["error"] = f"time limit of {limit_s:.0f} s" if status == -1 else tail if status else "wrong results"
     return entry
 
 

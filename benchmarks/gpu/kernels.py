@@ -46,7 +46,7 @@ def compile_ahead(job: Job) -> Facts:
 
 
 def compile_share(arch: str, share: int, shares: int, until: float) -> tuple[int, int, int]:
-    """Compile every so-manieth kernel until that time; numbers of those made, failed and left."""
+    """Compile every `shares`-th kernel from number `share` on until that time; how many were made, failed, are left."""
     made, failed = 0, 0
     launches = list({launch.key: launch for launch in launches_ahead(arch)}.values())[share::shares]
     for done, launch in enumerate(launches):

@@ -110,12 +110,12 @@ def starts(
     options = {**_options(work, case), "levels": levels}
     shape, bits = (work.m, work.n, work.k), (work.a_bits, work.w_bits)
 
-    def linear_(config: configs.LinearConfig) -> None:
+    def tile(config: configs.LinearConfig) -> None:
         start.linear(EPILOGUES[work.epilogue], *linear_args, case["out"], config=config, **options)
 
     rule = configs.linear_config(*shape, processors, arch, *bits)
     for config in dict.fromkeys((rule, *candidates(*shape, arch, processors, *bits))):
-        yield config, partial(linear_, config)
+        yield config, partial(tile, config)
 
 
 def _timed(launch: Callable[[], None]) -> float | None:
