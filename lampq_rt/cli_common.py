@@ -56,6 +56,9 @@ class CommandGroup(TyperGroup):
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:  # also an option that is missing
+            typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            raise typer.Exit(2) from None
         except (LampqError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise

@@ -384,3 +384,16 @@ def test_pretrained_weights_without_network(monkeypatch):
     monkeypatch.setattr(models, "_hub_in_reach", lambda: False)
     with pytest.raises(ModelError, match="no network to fetch timm's weights for test_vit; give a file with --weights"):
         models.load_model(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["bench", MODEL, "--threads", "many"], "Invalid value for '--threads': "),
+        (["calibrate", MODEL, "--images", "x", "--out", "y", "--seed", "-1"], "Invalid value for '--seed': "),
+        (["compile", MODEL, "--out", "x.lampq"], "Missing option '--plan'"),
+    ],
+)
+def test_a_value_that_an_option_does_not_take_is_one_line(arguments, line):
+    result = run(*arguments)
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {line}") and result.stderr.count("\n") == 1
