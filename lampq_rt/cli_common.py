@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -22,7 +22,7 @@ from lampq_rt import files
 from lampq_rt.errors import BackendError, DataError, LampqError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 STDOUT = "-"
 THREADS_PER_CORE = 4
@@ -157,6 +157,25 @@ def check_target(target: str) -> None:
 
     if target not in TARGETS:
         raise BackendError(f"unknown target {target!r}; allowed: {', '.join(TARGETS)}")
+
+
+def true_classes(
+    labels: Path | None, folder: Path, files: Sequence[Path], chosen: Sequence[Path], network: nn.Module
+) -> Tensor | None:
+    """int64 [images]: the classes of the chosen ones of a folder's files; None where no labels are given.
+
+    Raises:
+        DataError: see `images.read_labels`.
+    """
+    import torch
+
+    from lampq_rt.images import read_labels
+    from lampq_rt.models import classes
+
+    if labels is None:
+        return None
+    table = read_labels(labels, folder, files, classes(network))
+    return torch.tensor([table[path] for path in chosen])
 
 
 def use_threads(threads: int | None) -> None:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lampq_rt.cli_common import Output, plural
+from lampq_rt.cli_common import Output, plural, true_classes
 from lampq_rt.errors import DataError
 from lampq_rt.files import shown
 
@@ -80,15 +80,7 @@ class Bench:
     @cached_property
     def truth(self) -> Tensor | None:
         """int64 [images], the classes of the evaluation images."""
-        import torch
-
-        from lampq_rt import images as pictures
-        from lampq_rt.models import classes
-
-        if self.labels is None:
-            return None
-        found = pictures.read_labels(self.labels, self.eval_images, self.every_file, classes(self.network))
-        return torch.tensor([found[path] for path in self.evaluation_files])
+        return true_classes(self.labels, self.eval_images, self.every_file, self.evaluation_files, self.network)
 
     @cached_property
     def setting(self) -> dict[str, Any]:

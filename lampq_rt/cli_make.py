@@ -23,10 +23,11 @@ from lampq_rt.cli_common import (
     check_target,
     plural,
     same_model,
+    true_classes,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from lampq_rt.plan import Plan
 
@@ -108,7 +109,7 @@ def calibrate(
         output.note(f"{images} holds {plural(len(chosen), 'image')}, fewer than the {calib_images} asked for")
     own = shard.share(chosen)
     network = shard.together(lambda: load_model(model, weights))
-    truth = None if labels is None else _truth(labels, images, files, own, network)
+    truth = true_classes(labels, images, files, own, network)
     tensor = shard.together(lambda: pictures.load_images(own, pictures.preprocessing(model)))
     more = None
     if training:
@@ -225,17 +226,6 @@ def _check_plan(out: Path, state: Path | None) -> None:
     check_destination(out, "plan", (JSON_NAME, TENSORS_NAME))
     if state is not None:
         check_destination(state, "state of the training")
-
-
-def _truth(labels: Path, folder: Path, files: Sequence[Path], chosen: Sequence[Path], network: nn.Module) -> Tensor:
-    """int64 [images]: the classes of the chosen ones of a folder's files."""
-    import torch
-
-    from lampq_rt import images as pictures
-    from lampq_rt.models import classes
-
-    table = pictures.read_labels(labels, folder, files, classes(network))
-    return torch.tensor([table[path] for path in chosen])
 
 
 def _measured(output: Output, network: nn.Module, plan: Plan) -> dict[int, float]:

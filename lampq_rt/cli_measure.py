@@ -24,6 +24,7 @@ from lampq_rt.cli_common import (
     percent,
     plural,
     same_model,
+    true_classes,
     use_threads,
 )
 from lampq_rt.errors import BackendError, DataError, LampqError
@@ -71,11 +72,10 @@ def evaluate(
       lampq eval deit_tiny_patch16_224 --checkpoint deit_tiny.lampq \\
           --images val --labels val/labels.csv --json result.json
     """
-    import torch
 
     from lampq_rt import images as pictures
     from lampq_rt.evaluate import evaluate as measure
-    from lampq_rt.models import check_name, classes, load_model
+    from lampq_rt.models import check_name, load_model
 
     output = Output(json)
     check_name(model)
@@ -85,10 +85,7 @@ def evaluate(
     original = None if checkpoint is not None and weights is None else load_model(model, weights)
     ours = _candidate(model, original, plan, checkpoint, backend)
     chosen = pictures.spread(files, limit)
-    truth = None
-    if labels is not None:
-        table = pictures.read_labels(labels, images, files, classes(original if original is not None else ours))
-        truth = torch.tensor([table[path] for path in chosen])
+    truth = true_classes(labels, images, files, chosen, original if original is not None else ours)
     batches = pictures.batches(chosen, preprocess, batch)
     found = measure(ours, original, output.track(batches, len(chosen), "evaluating"), truth)
     facts = {"model": model, **found.to_json()}
