@@ -39,6 +39,17 @@ AIMS: Mapping[int, tuple[Aim, Aim]] = {
 """By mean bits, of the models of `SHORT`."""
 
 
+FOR_WHOM: Mapping[str, str] = {
+    "fast": "for a quick start and for large models: the same bits everywhere; a mean of 4.5 is served with 4",
+    "lampq+": "the default: bits chosen layer by layer on the same base; any budget of bits, bytes or time",
+    "lampq+a": "`lampq+` with 8 bits for q, k, v and softmax output, which have no weights: the same file size",
+    "lampq+w": "for a small file, which is what few bits save on a CPU: few bits for weights, 8 for activations",
+    "lampq+rec": "`lampq+`, then training; give it some hundred images, no labels",
+    "lampq": "LampQ on plain rounding, to compare with",
+}
+"""The recipes of the README's choice, and for whom each is."""
+
+
 def everything(rows: Sequence[Row]) -> Iterator[str]:
     """A table a model and size of the calibration set."""
     for name, count in sorted({(r["model"], r["calib_images"]) for r in rows}):
@@ -80,6 +91,24 @@ def short(rows: Sequence[Row]) -> Iterator[str]:
             cells = [_cell(found.get((name, recipe, bits))) for recipe in README_RECIPES]
             yield f"| {label} | {bits} | " + " | ".join(cells) + " |"
     yield ""
+
+
+def recipes(rows: Sequence[Row], bits: int = 4, count: int = 32) -> Iterator[str]:
+    """The README's choice of recipes: what each loses at that many bits, and how long a plan takes."""
+    found = _by_key(rows, count)
+    yield (
+        "\n| recipe | for whom | "
+        + " | ".join(f"points lost, {name}" for name in SHORT.values())
+        + " | seconds a plan |"
+    )
+    yield "|---" * (3 + len(SHORT)) + "|"
+    for recipe, reader in FOR_WHOM.items():
+        own = [found.get((name, recipe, bits)) for name in SHORT]
+        lost = ("–" if row is None else f"{row['lost']:.1f}" for row in own)
+        seconds = ("–" if row is None or row["seconds"] is None else f"{row['seconds']:.0f}" for row in own)
+        yield f"| `{recipe}` | {reader} | " + " | ".join(lost) + f" | {', '.join(seconds)} |"
+    yield f"\nMean {bits} bits, {count} calibration images, points of top-1 lost on {rows[0]['images']:,} images."
+    yield f"Seconds for {' and '.join(SHORT.values())}, on one thread of a busy machine (`benchmarks.results`).\n"
 
 
 def _by_key(rows: Sequence[Row], count: int) -> dict[tuple[str, str, int], Row]:

@@ -62,7 +62,9 @@ def main(
     only: Annotated[str, typer.Option(help="Only models whose name starts with this.")] = "",
     readme: Annotated[Path | None, typer.Option(help="Page for the short table, README.md.")] = None,
     calib_images: Annotated[str, typer.Option(help="Sizes of the calibration set, in this order.")] = "32,128",
-    recipes: Annotated[str, typer.Option(help="Recipes beside uniform.")] = RECIPES_SHOWN,
+    recipes: Annotated[
+        str, typer.Option(help="Recipes beside uniform; with none, only tables are written.")
+    ] = RECIPES_SHOWN,
     train_images: Annotated[int, typer.Option(help="Images of calib1000/ that lampq+rec trains on.")] = 1000,
     limit: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
 ) -> None:
@@ -70,7 +72,7 @@ def main(
     done = {_key(row): row for row in _read()}
     for count in map(int, calib_images.split(",")):
         for name in (n for n in MODELS if n.startswith(only)):
-            work = _work(recipes.split(","), count)
+            work = _work([recipe for recipe in recipes.split(",") if recipe], count)
             wanted = [(r, b) for r, b in work if (name, r, b, count, limit) not in done]
             if wanted:
                 for row in _rows(data, name, count, train_images, limit, wanted):
@@ -81,6 +83,7 @@ def main(
     put_between(out, "aims", accuracy_tables.aims(rows))
     put_between(out, "accuracy", accuracy_tables.everything(rows))
     if readme is not None:
+        put_between(readme, "recipes", accuracy_tables.recipes(rows))
         put_between(readme, "accuracy", accuracy_tables.short(rows))
 
 

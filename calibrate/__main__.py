@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def run(arguments: list[str]) -> None:
         on_gpu = "--device cuda" in asked and torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        # Patient: where only one process has work (a last option to compensate, a training), the others wait for it.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=24))
     try:
         main(["calibrate", *arguments], prog_name="python -m lampq_rt.calibrate")
     finally:

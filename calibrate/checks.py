@@ -42,14 +42,8 @@ def check_processes(recipe: Recipe, processes: int) -> None:
 
 
 def _whole_sets(recipe: Recipe) -> list[str]:
-    """What of the recipe sees all images at once."""
-    parts = {
-        "compensation": recipe.compensate,
-        "ReLU": recipe.preparation.relu,
-        "training": recipe.schedule.steps,
-        "free widths": recipe.free,
-    }
-    return [part for part, there in parts.items() if there]
+    """What of the recipe sees all images at once, in the process that has them."""
+    return ["free widths"] if recipe.free else []
 
 
 @torch.no_grad()

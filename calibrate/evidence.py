@@ -119,6 +119,11 @@ class Measurements:
         return replace(self.judge, logits=torch.cat([self.judge.logits, *logits]))
 
     @cached_property
+    def every_image(self) -> Tensor:
+        """fp32 [count, C, H, W]: all processes' images, in their order."""
+        return self.shard.gather(self.images)
+
+    @cached_property
     def observations(self) -> Mapping[str, Observation]:
         """Samples and ranges of every site's operands."""
         return observe(
@@ -147,16 +152,16 @@ class Measurements:
 
     @cached_property
     def prefix_shares(self) -> Mapping[str, float]:
-        """By linear of the blocks, what the prefix tokens have of the squared gradients; of this process's images."""
+        """By linear of the blocks, what the prefix tokens have of the squared gradients."""
         self.simulation.reset()
         model = self.simulation.model
         return prefix_shares(
             model,
-            self.images.to(next(model.parameters()).device),
+            self.every_image.to(next(model.parameters()).device),
             [site.name for site in self.linears],
             prefix=getattr(model, "num_prefix_tokens", 0),
             blocks=self.blocks,
-            labels=self.labels,
+            labels=self.judge.labels,
             seed=self.seed,
             progress=lambda d, n: self.report("what the class token counts", d, n),
         )

@@ -36,7 +36,7 @@ from lampq_rt.calibrate.problems import Problems, implied
 from lampq_rt.calibrate.progress import Report, reporting
 from lampq_rt.calibrate.proposal import Proposal, distinct
 from lampq_rt.calibrate.provenance import Facts, provenance
-from lampq_rt.calibrate.recipes import PLAIN, RECIPES, Preparation, Recipe
+from lampq_rt.calibrate.recipes import DEFAULT_RECIPE, PLAIN, RECIPES, Preparation, Recipe
 from lampq_rt.calibrate.refine import refine
 from lampq_rt.calibrate.search_evidence import SearchEvidence
 from lampq_rt.calibrate.setting import Setting, silent
@@ -54,7 +54,7 @@ def make_plan(
     *,
     budget: Budget,
     labels: Tensor | None = None,
-    recipe: str = "lampq",
+    recipe: str = DEFAULT_RECIPE,
     target: str = "any",
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -149,8 +149,9 @@ class Calibration:
         setting: Setting,
         preparation: Preparation = PLAIN,
     ) -> None:
-        self.original, material = model, setting.material
-        self.ready = prepared(model, images, preparation, setting.seed, material.images, setting.report)
+        self.original, material, shard = model, setting.material, setting.shard
+        every = images if preparation == PLAIN else shard.gather(images)  # rewrites are those of one process
+        self.ready = prepared(model, every, preparation, setting.seed, material.images, setting.report)
         self.measurements = Measurements(
             self.ready.model,
             images,
@@ -159,7 +160,7 @@ class Calibration:
             seed=setting.seed,
             device=resolve_device(setting.device),
             report=setting.report,
-            shard=setting.shard,
+            shard=shard,
             preparation=preparation,
             teacher=self.ready.teacher,
         )
@@ -173,7 +174,7 @@ class Calibration:
         self.target = setting.target
         self.model_name = setting.model_name or self.description.architecture
         self.weights_digest = weights_digest(model)
-        self.images_digest = setting.images_digest or digest(self.measurements.images, setting.shard)
+        self.images_digest = setting.images_digest or digest(self.measurements.images, shard)
         self._setting = replace(
             setting, model_name=self.model_name, images_digest=self.images_digest, material=self.material
         )
@@ -181,7 +182,7 @@ class Calibration:
         self._scores: dict[tuple[str, str, int, bool], Score] = {}
 
     @torch.inference_mode(False)
-    def plan(self, budget: Budget, recipe: str = "lampq") -> Plan:
+    def plan(self, budget: Budget, recipe: str = DEFAULT_RECIPE) -> Plan:
         """The plan of that recipe under `budget`.
 
         Raises:
@@ -243,6 +244,8 @@ class Calibration:
 
     def _proposals(self, recipe: Recipe, limits: Mapping[str, float], nominal: int) -> list[Proposal]:
         """The allocator's answers to the recipe's penalties, and the same bits everywhere where it asks for that."""
+        if self._all_at_most(limits, nominal):  # minutes of measuring could not find better
+            return [self._propose(recipe, "uniform", limits, nominal, None)]
         found = [self._propose(recipe, recipe.allocator, limits, nominal, p, free=True) for p in recipe.free]
         tied = [(recipe.allocator, penalty) for penalty in recipe.penalties or (None,)]
         for allocator, penalty in tied + ([("uniform", None)] if recipe.baseline else []):
@@ -252,6 +255,12 @@ class Calibration:
                 if not found:
                     raise
         return found
+
+    def _all_at_most(self, limits: Mapping[str, float], nominal: int) -> bool:
+        """True where the budgets allow every linear the most bits that there are, floating point not among them."""
+        problem = self.problems.problem(self._variables(False), limits, nominal, None)
+        most = {name: max(widths) for name, widths in problem.penalties.items()}
+        return FLOAT_BITS not in most.values() and len(set(most.values())) == 1 and problem.fits(most)
 
     def _propose(
         self,

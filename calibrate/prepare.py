@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from lampq_rt.adapters import describe
 from lampq_rt.calibrate.compensate import compensate
+from lampq_rt.calibrate.distributed import SINGLE
 from lampq_rt.calibrate.evidence import Measurements
+from lampq_rt.calibrate.judge import Judge
 from lampq_rt.calibrate.progress import Report
 from lampq_rt.calibrate.recipes import Preparation, Recipe
 from lampq_rt.calibrate.reconstruct import reconstruct
@@ -114,6 +117,8 @@ def finished(
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor], int]:
     """Sites and edits of a plan, and the number of its candidate: the only one, or the best after compensation.
 
+    Of several processes each compensates some of the candidates, and the first trains; all get what one would.
+
     Args:
         measurements: of the prepared model.
         original: the model that the plan will be applied to.
@@ -135,7 +140,14 @@ def finished(
     edits = {} if model is original else differences(original, model, integer)
     edits.update({name: bias.float().cpu() for name, bias in biases.items()})
     if recipe.schedule.steps:
-        found, learned = _reconstructed(measurements, ready, found, biases, recipe, material)
+        shard = measurements.shard
+
+        def train() -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
+            if shard.first:  # the others wait: every step sees images of all
+                return _reconstructed(measurements, ready, found, biases, recipe, material)
+            return {}, {}
+
+        found, learned = shard.objects(shard.together(train))[0]
         edits.update(learned)
     return found, edits, chosen
 
@@ -150,7 +162,7 @@ def _reconstructed(
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
     """Sites and edits after training."""
     device = next(measurements.simulation.parameters()).device
-    images = measurements.images if material.images is None else material.images
+    images = measurements.every_image if material.images is None else material.images
     quantised = Simulation(copy.deepcopy(edited(ready.model, biases))).float().to(device)
     quantised.set(sites)
     learned, parameters = reconstruct(
@@ -171,42 +183,76 @@ def _best_compensated(
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor], int]:
     """Sites, biases and number of the candidate that diverges least once it is compensated, with that range search.
 
-    Where inputs of fc2 have steps by channel, one step is tried, too, and kept unless it is clearly worse.
+    Where inputs of fc2 have steps by channel, one step is tried, too, and kept unless it is clearly worse. Options are
+    dealt out to the processes; each is worked on with all images, so that the outcome is that of one process.
     """
-    m, device = measurements, next(measurements.simulation.parameters()).device
-    images, options = m.images.to(device), [o for n, sites in enumerate(candidates) for o in _options(n, sites)]
+    m, shard = measurements, measurements.shard
+    options = [option for number, sites in enumerate(candidates) for option in _options(number, sites)]
+    # What all processes measure together comes before each goes its own way.
+    contest = _Contest(m, model, search, m.prefix_shares, replace(m.plan_judge, images=m.every_image, shard=SINGLE))
+    own = [(place, options[place]) for place in range(shard.rank, len(options), shard.world)]
+    best = shard.together(lambda: contest.best(own, alone=len(options) == 1))
+    scores = shard.objects((best.divergence, best.place))
+    winner = min(range(len(scores)), key=scores.__getitem__)
+    found, biases = shard.objects(best.result() if shard.rank == winner else ({}, {}))[winner]
+    chosen = options[scores[winner][1]].candidate
+    return {name: found[name] for name in candidates[chosen]}, biases, chosen
 
-    def compensated(place: int) -> tuple[dict[str, SiteParams], dict[str, Tensor], Simulation]:
-        def report(done: int, sites: int) -> None:
-            m.report("compensating errors", place * sites + done, len(options) * sites)
 
-        shares = m.prefix_shares
-        m.simulation.reset()
-        quantised = Simulation(model).float().to(device)
-        found, biases = compensate(
-            m.simulation,
-            quantised,
-            images,
-            options[place].sites,
-            prefix_shares=shares,
-            search=search,
-            seed=m.seed,
-            progress=report,
-        )
-        return found, biases, quantised
+class _Best:
+    """The option that diverges least of those seen so far; its codes wait on disk."""
 
-    if len(options) == 1:
-        return *compensated(0)[:2], 0
-    least, kept, best, chosen = math.inf, Shelf(), dict[str, Tensor](), 0
-    for place, option in enumerate(options):
-        found, biases, quantised = compensated(place)
-        divergence = m.plan_judge(quantised).divergence * option.handicap
-        if not place or divergence < least:
-            least, best, chosen = divergence, biases, option.candidate
+    def __init__(self) -> None:
+        self.divergence, self.place = math.inf, sys.maxsize
+        self._sites, self._names, self._biases = Shelf(), list[str](), dict[str, Tensor]()
+
+    def see(self, divergence: float, place: int, found: Mapping[str, SiteParams], biases: dict[str, Tensor]) -> None:
+        """Keep it if it is better, or the first."""
+        if not self._names or divergence < self.divergence:
+            self.divergence, self.place, self._names, self._biases = divergence, place, list(found), biases
             for name, params in found.items():
-                kept.put(name, params)
-        del found, quantised
-    return {name: kept.get(name) for name in candidates[chosen]}, best, chosen
+                self._sites.put(name, params)
+
+    def result(self) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
+        """Its sites, and its biases."""
+        return {name: self._sites.get(name) for name in self._names}, self._biases
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """What options are compensated and compared with; `judge` sees all images."""
+
+    measurements: Measurements
+    model: nn.Module
+    search: str
+    prefix_shares: Mapping[str, float]
+    judge: Judge
+
+    def best(self, options: Sequence[tuple[int, _Option]], alone: bool) -> _Best:
+        """The best of these options with their places among all; one that is alone needs no comparison."""
+        m, best = self.measurements, _Best()
+        device = next(m.simulation.parameters()).device
+        for number, (place, option) in enumerate(options):
+
+            def report(done: int, sites: int, before: int = number) -> None:
+                m.report("compensating errors", before * sites + done, len(options) * sites)
+
+            m.simulation.reset()
+            quantised = Simulation(self.model).float().to(device)
+            found, biases = compensate(
+                m.simulation,
+                quantised,
+                m.every_image.to(device),
+                option.sites,
+                prefix_shares=self.prefix_shares,
+                search=self.search,
+                seed=m.seed,
+                progress=report,
+            )
+            divergence = 0.0 if alone else self.judge(quantised).divergence * option.handicap
+            best.see(divergence if math.isfinite(divergence) else math.inf, place, found, biases)
+            del found, quantised
+        return best
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,9 @@ class Recipe:
 
 RECIPES: Registry[Recipe] = Registry("recipe")
 
+DEFAULT_RECIPE = "lampq+"
+"""What is used where nobody names one: any budget, and the accuracy that people expect."""
+
 for _recipe in (
     Recipe("uniform", "output-error", (), "uniform", False, False, "the same bits everywhere: the baseline"),
     Recipe(

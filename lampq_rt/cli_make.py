@@ -53,9 +53,9 @@ def calibrate(
         str,
         typer.Option(
             help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, lampq+, lampq+a, lampq+w, lampq+f, "
-            "lampq+rec or lampq+relu. Below 8 bits fast and lampq+ keep far more accuracy than lampq."
+            "lampq+rec or lampq+relu. fast takes a fifth of the time of lampq+ and knows whole widths only."
         ),
-    ] = "lampq",
+    ] = "lampq+",
     labels: Labels = None,
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,
     train_images: Annotated[

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy_tables import Aim, aims, everything, short
+from benchmarks.accuracy_tables import FOR_WHOM, Aim, aims, everything, recipes, short
+from lampq_rt.calibrate import RECIPES
 
 
 def row(model: str, recipe: str, bits: int, lost: float, agreement: float, count: int = 32) -> dict[str, Any]:
@@ -40,3 +41,10 @@ def test_the_short_table_has_every_budget() -> None:
 
 def test_every_row_is_shown() -> None:
     assert sum(line.startswith("| ") and "%" in line and "top-1" not in line for line in everything(ROWS)) == len(ROWS)
+
+
+def test_recipes_are_those_that_there_are_with_what_was_measured() -> None:
+    lines = list(recipes(ROWS))
+    assert set(FOR_WHOM) < set(RECIPES)
+    assert any(line.startswith("| `lampq+` |") and line.endswith("| 4.9 | – | 1, – |") for line in lines)
+    assert any(line.startswith("| `lampq+w` |") and line.endswith("| – | – | –, – |") for line in lines)

@@ -57,7 +57,7 @@ def linears(plan: Plan) -> set[int]:
     return {site.bits for site in plan.sites.values() if site.kind in BLOCK_LINEARS}
 
 
-@pytest.mark.parametrize("recipe", ["lampq", "uniform"])
+@pytest.mark.parametrize("recipe", ["lampq", "lampq+", "uniform"])
 def test_one_plan_keeps_latency_and_size(
     calibration: Calibration, model: nn.Module, images: Tensor, recipe: str
 ) -> None:
@@ -74,30 +74,30 @@ def test_one_plan_keeps_latency_and_size(
 
 
 def test_floating_point_is_used_where_there_is_time_for_it(calibration: Calibration) -> None:
-    assert linears(calibration.plan(Budget(latency_ms="1000@8"))) == {16}
+    assert linears(calibration.plan(Budget(latency_ms="1000@8"), "lampq")) == {16}
     w8a8 = calibration.timed["latency_ms@8"].constant
-    tight = calibration.plan(Budget(latency_ms=f"{1.001 * w8a8}@8"))
-    between = calibration.plan(Budget(latency_ms=f"{1.3 * w8a8}@8"))
-    assert 16 not in linears(calibration.plan(Budget(mean_bits=8))) and max(linears(between)) == 16
+    tight = calibration.plan(Budget(latency_ms=f"{1.001 * w8a8}@8"), "lampq")
+    between = calibration.plan(Budget(latency_ms=f"{1.3 * w8a8}@8"), "lampq")
+    assert 16 not in linears(calibration.plan(Budget(mean_bits=8), "lampq")) and max(linears(between)) == 16
     assert between.mean_bits > tight.mean_bits
 
 
 def test_speedup_is_over_the_fastest_baseline(calibration: Calibration) -> None:
     w8a8 = calibration.timed["speedup@8"].constant
     most = 20.0 / w8a8
-    plan = calibration.plan(Budget.parse(f"speedup={0.95 * most}@8"))
+    plan = calibration.plan(Budget.parse(f"speedup={0.95 * most}@8"), "lampq")
     facts = plan.provenance["budget"]["speedup@8"]
     assert facts["limit"] == pytest.approx(w8a8 / 0.95) and facts["reached"] <= facts["limit"]
     row = plan.provenance["latency"]["rows"][0]
     assert (row["batch"], row["baseline"], row["baseline_ms"]) == (8, "bf16-eager", 20.0)
     with pytest.raises(BudgetError, match=r"speedup@8 = 100 cannot be met; the largest possible here is \d"):
-        calibration.plan(Budget.parse("speedup=100@8"))
+        calibration.plan(Budget.parse("speedup=100@8"), "lampq")
     with pytest.raises(BudgetError, match=r"latency_ms@1 = 0.1 cannot be met; the smallest possible here is \d"):
-        calibration.plan(Budget.parse("latency_ms=0.1@1", "mean_bits=4"))
+        calibration.plan(Budget.parse("latency_ms=0.1@1", "mean_bits=4"), "lampq")
 
 
 def test_percentages_are_of_fp32(calibration: Calibration) -> None:
-    plan = calibration.plan(Budget(latency_ms="30%@8"))
+    plan = calibration.plan(Budget(latency_ms="30%@8"), "lampq")
     assert plan.provenance["budget"]["latency_ms@8"] | {"reached": 0} == {"asked": "30%", "limit": 12.0, "reached": 0}
 
 
@@ -107,9 +107,9 @@ def test_a_gpu_whose_4_bits_are_faster_at_batch_1_gets_4_bits_there(model: nn.Mo
     shares = {batch: Predictor(table, model, SIZE, batch).shares() for batch in (1, 8)}
     assert any(shares[1].edges.values())
     low = {b: found.timed[f"latency_ms@{b}"].constant for b in (1, 8)}
-    hurried = found.plan(Budget(latency_ms=f"{0.88 * low[1]}@1", mean_bits=8))
+    hurried = found.plan(Budget(latency_ms=f"{0.88 * low[1]}@1", mean_bits=8), "lampq")
     assert min(linears(hurried)) <= 4 and predicted(found, model, hurried, 1) <= 0.88 * low[1] + 1e-9
-    at_ease = found.plan(Budget(latency_ms=f"{1.02 * low[8]}@8", mean_bits=8))
+    at_ease = found.plan(Budget(latency_ms=f"{1.02 * low[8]}@8", mean_bits=8), "lampq")
     assert at_ease.mean_bits > hurried.mean_bits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from typing import Any
@@ -18,6 +19,8 @@ from lampq_rt.calibrate.judge import Judge
 from lampq_rt.calibrate.metrics import PENALTIES
 from lampq_rt.calibrate.metrics.alpha import FLOOR, TypeDrops, measure
 from lampq_rt.calibrate.metrics.context import straight_through
+from lampq_rt.calibrate.recipes import DEFAULT_RECIPE
+from lampq_rt.cli_make import calibrate as command
 from lampq_rt.compiler import check_plan
 from lampq_rt.errors import BackendError, BudgetError, DataError, ModelError, UnknownNameError
 from lampq_rt.simulate import Simulation, simulate
@@ -101,17 +104,17 @@ def test_the_same_seed_gives_the_same_plan_and_the_model_is_left_alone(
     state, training = copy.deepcopy(model.state_dict()), model.training
     once, again = (make_plan(model, images, budget=Budget(mean_bits=3.5), recipe="lampq") for _ in range(2))
     assert same(once, again)
-    assert same(once, calibration.plan(Budget(mean_bits=3.5)))  # whatever was planned with it before
+    assert same(once, calibration.plan(Budget(mean_bits=3.5), "lampq"))  # whatever was planned with it before
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert model.training == training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert not same(once, make_plan(model, images, budget=Budget(mean_bits=3.5), seed=1))
+    assert not same(once, make_plan(model, images, budget=Budget(mean_bits=3.5), recipe="lampq", seed=1))
 
 
 def test_several_budgets_hold_at_once(calibration: Calibration) -> None:
-    free = calibration.plan(Budget(mean_bits=5.5)).provenance["costs"]
+    free = calibration.plan(Budget(mean_bits=5.5), "lampq").provenance["costs"]
     limits = {"mean_bits": 5.5, "weight_bytes": 0.97 * free["weight_bytes"], "bops": 0.95 * free["bops"]}
-    plan = calibration.plan(Budget(**limits))
+    plan = calibration.plan(Budget(**limits), "lampq")
     assert all(plan.provenance["costs"][unit] <= limit for unit, limit in limits.items())
     assert plan.mean_bits > 4.5 and plan.provenance["nominal_bits"] == 6
 
@@ -196,7 +199,20 @@ def test_unknown_names_and_devices_are_refused(model: VisionTransformer, images:
 def test_variants_of_the_architecture(kwargs: dict[str, Any], images: Tensor) -> None:
     model = build(depth=1, **kwargs)
     plan = make_plan(model, images[:4], budget=Budget(mean_bits=4))
+    assert plan.provenance["recipe"]["name"] == DEFAULT_RECIPE
     check_plan(model, plan)
+
+
+def test_nothing_is_measured_for_a_choice_that_the_budget_leaves_no_room_for(images: Tensor) -> None:
+    model, stages = build(depth=1), set[str]()
+    plan = make_plan(model, images, budget=Budget(mean_bits=8), progress=lambda stage, done, total: stages.add(stage))
+    assert {site.bits for site in plan.sites.values()} == {8} and "Fisher information" not in stages
+    assert plan.digest == make_plan(model, images, budget=Budget(mean_bits=8), recipe="fast").digest
+
+
+def test_commands_and_functions_have_the_same_default_recipe() -> None:
+    defaults = [inspect.signature(f).parameters["recipe"].default for f in (make_plan, Calibration.plan, command)]
+    assert defaults == [DEFAULT_RECIPE] * 3
 
 
 def test_labels_names_and_progress_are_used(model: VisionTransformer, images: Tensor) -> None:

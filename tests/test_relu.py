@@ -19,7 +19,7 @@ from lampq_rt.adapters import describe
 from lampq_rt.calibrate import RECIPES, Budget, Calibration, Material, calibrate
 from lampq_rt.calibrate.reconstruct import Schedule
 from lampq_rt.calibrate.relu import to_relu
-from lampq_rt.errors import DataError, PlanError
+from lampq_rt.errors import PlanError
 from lampq_rt.formats import FLOAT_BITS
 from lampq_rt.simulate import simulate
 from lampq_rt.sites import Kind
@@ -211,10 +211,3 @@ def test_what_a_file_cannot_hold_is_not_written(tmp_path: Path, plan: Plan) -> N
 def test_images_to_train_on_may_have_another_precision(model: nn.Module, images: Tensor) -> None:
     material = calibrate(model, images[:8], material=Material(images.double())).material
     assert material.images is not None and material.images.dtype == torch.float32
-
-
-def test_several_processes_are_refused(model: nn.Module, images: Tensor) -> None:
-    from lampq_rt.calibrate.checks import check_processes
-
-    with pytest.raises(DataError, match="ReLU"):
-        check_processes(RECIPES.get("lampq+relu"), 2)
