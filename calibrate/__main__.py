@@ -11,30 +11,25 @@ from __future__ import annotations
 import os
 import sys
 from datetime import timedelta
-from typing import Any
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import typer
-from typer.core import TyperGroup
 
 from lampq_rt.calibrate import distributed
 from lampq_rt.cli_common import CommandGroup, quiet
 from lampq_rt.cli_make import calibrate
-from lampq_rt.errors import LampqError
 
 
 class _OneVoice(CommandGroup):
     """What a user did wrong is said by the first process alone; all end with status 2."""
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the chosen command."""
+    def refuse(self, text: str) -> NoReturn:
+        """Say what is wrong, or leave that to the first."""
         if distributed.current().first:
-            return super().invoke(ctx)
-        try:
-            return TyperGroup.invoke(self, ctx)
-        except LampqError:
-            raise typer.Exit(2) from None
+            super().refuse(text)
+        raise typer.Exit(2)
 
 
 main = typer.Typer(cls=_OneVoice, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
@@ -49,21 +49,41 @@ Json = Annotated[
 ]
 
 
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""What the command line parser raises for any mistake; of this family typer gives out BadParameter alone."""
+
+
 class CommandGroup(TyperGroup):
     """Turns a user's mistake into one line on standard error and exit status 2; our own keep their traceback."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read the options that stand before the command."""
+        try:
+            return super().make_context(*arguments, **options)
+        except UsageError as error:
+            self.refuse(_with_help(error, "lampq"))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
-        except typer.BadParameter as error:  # also an option that is missing
-            typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
-            raise typer.Exit(2) from None
+        except UsageError as error:
+            self.refuse(_with_help(error, ctx.command_path))
         except (LampqError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
+            self.refuse(str(error))
+
+    def refuse(self, text: str) -> NoReturn:
+        """Say what is wrong, in one line, and end."""
+        typer.echo(f"error: {' '.join(text.split())}", err=True)
+        raise typer.Exit(2)
+
+
+def _with_help(error: Any, command: str) -> str:
+    """What the parser says, and which command explains what is allowed."""
+    asked = command if error.ctx is None else error.ctx.command_path
+    return f"{error.format_message().rstrip('.')}; what is allowed: {asked} --help"
 
 
 class Output:

@@ -254,6 +254,20 @@ def calibrate_arguments(bench, **changes):
     return ["calibrate", MODEL, *(part for key, value in options.items() for part in (f"--{key}", value))]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("calibrat",), "No such command 'calibrat'. Did you mean 'calibrate'?; what is allowed: "),
+        (("bench", MODEL, "--bathc", "1"), "No such option: --bathc (Possible options: --batch, "),
+        (("--loud",), "No such option: --loud; what is allowed: "),
+        (("inspect",), "Missing argument"),
+    ],
+)
+def test_a_slip_of_the_keyboard_is_one_line_too(arguments, said):
+    line = fail(*arguments)
+    assert said in line and line.endswith(" --help") and "╭" not in run(*arguments).stderr
+
+
 def test_wrong_images(bench, tmp_path):
     assert "does not exist" in fail(*calibrate_arguments(bench, images=tmp_path / "nowhere"))
     assert "no JPEG, PNG or WebP image" in fail(*calibrate_arguments(bench, images=tmp_path))
@@ -314,7 +328,7 @@ def test_help_says_what_is_so():
     bench_help = words(succeed("bench", "--help").output)
     assert "random ones" in bench_help and "peers (these three)" in bench_help and "8 by default" in bench_help
     calibrate_help = words(succeed("calibrate", "--help").output)
-    assert "--mean-bits 4 --recipe fast" in calibrate_help and "keep far more accuracy than lampq" in calibrate_help
+    assert "--mean-bits 4 --recipe fast" in calibrate_help and "a fifth of the time of lampq+" in calibrate_help
     assert "--mean-bits 4 --recipe fast" in quickstart.NEXT_STEPS
 
 
