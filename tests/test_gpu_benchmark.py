@@ -65,6 +65,30 @@ def test_right_results_are_called_right(job: Job) -> None:
     assert len(facts["rows"]) > 10 and facts["wrong"] == [], facts["summary"]
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_whole_rows_are_tried_where_a_tile_holds_them(job: Job, monkeypatch: pytest.MonkeyPatch, right: bool) -> None:
+    some = [case for case in cases.cases() if case[1] == "linear_residual_layernorm"]
+    tried = []
+
+    def rows(config: Any, *args: Any) -> None:
+        """Stands for the kernel."""
+        *operands, out = args[:7]
+        tried.append((len(operands[2]), operands[2].dtype))
+        out.copy_(reference.linear_residual_layernorm(*operands, *args[7:12], 8, torch.int8, *args[13:]))
+        out += 0 if right else 2
+
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(cases, "cases", lambda: iter(some))
+    monkeypatch.setattr(checks, "REPEATS", 1)
+    monkeypatch.setattr(checks, "SCHEMAS", ("linear_residual_layernorm",))
+    monkeypatch.setattr(checks, "NATIVE", reference)
+    monkeypatch.setattr(checks.start, "rows", rows)
+    facts = checks.correctness(job)
+    packed = [(192, torch.uint8)] * 4
+    assert tried == [(384, torch.int8), (192, torch.int8), *packed], "no tile holds 384 columns of packed operands"
+    assert len(facts["rows"]) == 10 and len(facts["wrong"]) == (0 if right else 6), facts["summary"]
+
+
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("mistake", ["codes", "nan", "race", "crash"])
 def test_wrong_results_are_called_wrong(job: Job, monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
