@@ -174,7 +174,7 @@ def test_split_k_gives_the_exact_sum_and_cleans_up() -> None:
     assert not any(bool(zeros.any()) for zeros in kept), "the next launch relies on it"
     with scratch.own_scratch():
         own = scratch.split_scratch(case[0], 70 * 192, 6)
-        assert own[0].data_ptr() != kept[0].data_ptr() == scratch._by_stream[next(iter(scratch._by_stream))].data_ptr()
+        assert own[0].data_ptr() != kept[0].data_ptr() == scratch._kept[next(iter(scratch._kept))].data_ptr()
         assert scratch.split_scratch(case[0], 64, 1)[0] is own[0]
 
 
