@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lampq_rt.kernels.gpu import impl, scratch  # noqa: E402
+from lampq_rt.kernels.gpu import impl, offline, scratch  # noqa: E402
 from lampq_rt.kernels.ops import SCHEMAS, TRITON  # noqa: E402
 
 
@@ -55,3 +55,25 @@ def test_memory_is_kept_for_the_default_stream_alone(monkeypatch: pytest.MonkeyP
     other: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"))
     current["stream"] = "default"
     assert scratch.split_scratch(other, 100, 4)[0] is not first[0]
+
+
+def test_grids_hold_any_batch() -> None:
+    """Only the first axis takes more than 65,535 programs; heads of 6,000 images are more than that."""
+    batch, heads, tokens, head_dim = 6000, 12, 17, 64
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    vector, scale = empty(3 * heads * head_dim, dtype=torch.float32), empty(heads, dtype=torch.float32)
+    q, v = empty(batch, heads, tokens, head_dim), empty(batch, heads, head_dim, 32)
+    qkv = empty(batch, tokens, 3 * heads * head_dim, dtype=torch.float16)
+    x_q, w_q = empty(batch, tokens, heads * head_dim), empty(3 * heads * head_dim, heads * head_dim)
+    with offline.recording("sm90") as launches:
+        impl.attention(q, q, v, scale, scale, 8, "rowmax", 1.0, 0, 8, torch.int8)
+        impl.heads_quantize(qkv, False, None, None, None, None, 0.0, heads, vector, 8, 8)
+        impl.layernorm_quantize(qkv, None, None, 1e-6, 1.0, 0, 8, torch.int8)
+        impl.quantize(qkv, 1.0, 0, 8, torch.int8)
+        impl.linear_qkv(x_q, w_q, vector, vector, None, heads, vector, 8, 8)
+    assert len(launches) == 5
+    for launch in launches:
+        assert all(size <= 65535 for size in launch.grid[1:]), launch

@@ -242,7 +242,7 @@ def heads_quantize(
     block_m, block_d = configs.heads_blocks(head_dim)
     padded = v.shape[-1]
     absent = out_inv_scale
-    heads_kernel[(triton.cdiv(padded, block_m), batch * heads)](
+    heads_kernel[(triton.cdiv(padded, block_m), heads, batch)](
         qkv, *(absent if t is None else t for t in (q_weight, q_bias, k_weight, k_bias)), out_inv_scale,
         q, k, v, tokens, padded, eps, norm, q_weight is not None, q_bias is not None,
         *reference.code_range(qk_bits), *reference.code_range(v_bits), heads, head_dim, start.facts(qkv)[2],
@@ -272,7 +272,7 @@ def attention(
     arch, _, ptx = start.facts(q)
     config = configs.attention_config(tokens, head_dim, arch, p_scheme)
     floating = out_bits == reference.FLOAT_BITS
-    attention_kernel[(triton.cdiv(tokens, config.block_m), batch * heads)](
+    attention_kernel[(triton.cdiv(tokens, config.block_m), heads, batch)](
         q, k, v, logit_scale, v_scale, table, start.as_bytes(out), tokens, v.shape[-1],
         out_inv_scale, float(out_zero_point), heads, head_dim, p_bits, unit, p_scheme,
         *(start.FULL if floating else reference.code_range(out_bits)),
