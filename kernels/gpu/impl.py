@@ -15,7 +15,7 @@ from lampq_rt.kernels.gpu import configs, start
 from lampq_rt.kernels.gpu import linear as linear_kernels
 from lampq_rt.kernels.gpu.attention import attention_kernel
 from lampq_rt.kernels.gpu.heads import heads_kernel
-from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel, quantize_kernel
+from lampq_rt.kernels.gpu.layernorm import quantize_kernel
 from lampq_rt.kernels.gpu.start import architecture as architecture
 
 
@@ -76,16 +76,8 @@ def layernorm_quantize(
 ) -> Tensor:
     """See `reference.layernorm_quantize`."""
     x = x.contiguous()
-    width = x.shape[-1]
-    rows = x.numel() // width
     out = _empty(x, tuple(x.shape), dtype)
-    block_m, block_d = configs.layernorm_blocks(width)
-    layernorm_quantize_kernel[(triton.cdiv(rows, block_m),)](
-        x, weight if weight is not None else x, bias if bias is not None else x, table, start.as_bytes(out),
-        rows, width, eps, inv_scale, float(zero_point),
-        weight is not None, bias is not None, *reference.code_range(bits), dtype == reference.INT4,
-        start.facts(x)[2], block_m, block_d, num_warps=4,
-    )  # fmt: skip
+    start.layernorm(x, out, weight, bias, eps, inv_scale, zero_point, reference.code_range(bits), table)
     return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.gpu import configs, impl, linear, start, tables
+from lampq_rt.kernels.gpu import configs, linear, start, tables
 from lampq_rt.kernels.gpu.work import LinearWork
 
 EPILOGUES = {"requant": linear.REQUANT, "float": linear.FLOAT, "residual": linear.RESIDUAL, "heads": linear.HEADS}
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 def candidates(
-    m: int, n: int, k: int, arch: str, processors: int, a_bits: int, w_bits: int
+    m: int, n: int, k: int, arch: str, processors: int, a_bits: int, w_bits: int, splits: Sequence[int] = SPLITS
 ) -> Iterator[configs.LinearConfig]:
-    """Feasible tiles; K split only where the tiles alone leave processors idle."""
+    """Feasible tiles; K split, into one of `splits`, only where the tiles alone leave processors idle."""
     for config in configs.LINEAR_CANDIDATES:
         if not configs.feasible(config, arch, a_bits, w_bits):
             continue
         tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-        for split in SPLITS:
+        for split in splits:
             if split == 1 or (tiles * split <= 2 * processors and k // split >= 2 * config.block_k):
                 yield replace(config, split_k=split)
 
@@ -90,14 +90,18 @@ def starts(
     """
     case = _case(work, "meta") if case is None else case
     linear_args = (case["x_q"], case["w_q"], case["scale"], case["column"], case["bias"])
+    shape, bits = (work.m, work.n, work.k), (work.a_bits, work.w_bits)
     arch, processors, _ = start.facts(case["x_q"])
     if work.epilogue == "rows":
         norm = (None, None, 1e-6, 20.0, 0)
         codes = case["out"].new_empty((work.m, work.n), dtype=torch.int8)
+        tuned = tables.linear(arch, replace(work, epilogue="residual").key)
+        apart = tuned or configs.linear_config(*shape, processors, arch, *bits)
 
+        # Neither way looks into a table or allocates: the time of a small launch is that of the host.
         def two() -> None:
-            impl.linear_residual(case["out"], *linear_args, levels)
-            impl.layernorm_quantize(case["out"], *norm, 8, torch.int8)
+            start.linear(linear.RESIDUAL, *linear_args, case["out"], config=apart, levels=levels)
+            start.layernorm(case["out"], codes, *norm, reference.code_range(8))
 
         def one(config: configs.LinearConfig) -> None:
             start.rows(config, case["out"], *linear_args, codes, *norm, reference.code_range(8), None, levels)
@@ -108,13 +112,14 @@ def starts(
                 yield config, partial(one, config)
         return
     options = {**_options(work, case), "levels": levels}
-    shape, bits = (work.m, work.n, work.k), (work.a_bits, work.w_bits)
 
     def tile(config: configs.LinearConfig) -> None:
         start.linear(EPILOGUES[work.epilogue], *linear_args, case["out"], config=config, **options)
 
-    rule = configs.linear_config(*shape, processors, arch, *bits)
-    for config in dict.fromkeys((rule, *candidates(*shape, arch, processors, *bits))):
+    rule, splits = configs.linear_config(*shape, processors, arch, *bits), SPLITS
+    if work.epilogue == "heads":  # `start.linear` splits no K there: others would be the same kernel again
+        rule, splits = replace(rule, split_k=1), SPLITS[:1]
+    for config in dict.fromkeys((rule, *candidates(*shape, arch, processors, *bits, splits))):
         yield config, partial(tile, config)
 
 
