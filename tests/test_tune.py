@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ class Timer:
         self.asked: list[str] = []
         self.fail_at: int | None = None
 
-    def __call__(self, work: LinearWork) -> tune.Tuned:
+    def __call__(self, work: LinearWork, *, stop: Callable[[], bool]) -> tune.Tuned:
         if len(self.asked) == self.fail_at:
             raise KeyboardInterrupt
+        if stop():
+            raise tune.Stopped(work.key)
         self.asked.append(work.key)
         return tune.Tuned(configs.LinearConfig(64, 64, 128, warps=4), 0.01, 0.02)
 
@@ -191,6 +194,15 @@ def test_a_stopped_run_goes_on_where_it_was(timer: Timer, tmp_path: Path) -> Non
     result = run("tune", MODEL, "--batch", 1, "--out", table)
     assert not timer.asked and "0 shapes tuned" in result.stdout and "--again" in result.stdout
     assert all(row["config"] for row in facts("--batch", 1, "--out", table, "--again")["rows"])
+
+
+def test_a_tuner_asks_before_every_candidate_whether_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[object] = []
+    monkeypatch.setattr(tune, "_timed", lambda launch: timed.append(launch) or 1.0)
+    monkeypatch.setattr(tune, "_case", lambda work, device, case=tune._case: case(work, "meta"))
+    with pytest.raises(tune.Stopped):
+        tune.tune_linear(LinearWork("requant", 34, 256, 64), stop=lambda: len(timed) == 3)
+    assert len(timed) == 3
 
 
 def test_a_table_says_where_two_kernels_are_faster_than_one(tmp_path: Path) -> None:

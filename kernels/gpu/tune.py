@@ -54,19 +54,31 @@ class Tuned:
     rule_ms: float | None
 
 
-def tune_linear(work: LinearWork, device: str = "cuda", *, levels: bool = False) -> Tuned:
+def _never() -> bool:
+    return False
+
+
+def tune_linear(
+    work: LinearWork, device: str = "cuda", *, levels: bool = False, stop: Callable[[], bool] = _never
+) -> Tuned:
     """Time every candidate on random data (zeros would draw less power).
 
     Args:
         work: the launch.
         device: "cuda"; "cpu" in Triton's interpreter.
         levels: codes of the packed weight name levels. The key is the same: tables are tuned without.
+        stop: asked before each candidate, of which one may have to be compiled first, whether to give up.
 
     Raises:
         NothingRuns: no candidate runs on this GPU.
+        Stopped: `stop` said so; what was timed until then names no winner.
     """
     case, weight_levels = _case(work, device), _levels(device) if levels else None
-    found = {config: _timed(launch) for config, launch in starts(work, case, weight_levels)}
+    found: dict[configs.LinearConfig | None, float | None] = {}
+    for config, launch in starts(work, case, weight_levels):
+        if stop():
+            raise Stopped(work.key)
+        found[config] = _timed(launch)
     times = {config: ms for config, ms in found.items() if ms is not None}
     if not times:
         raise NothingRuns(f"no configuration of {work.key} runs on {start.facts(case['x_q'])[0]}")
@@ -76,6 +88,10 @@ def tune_linear(work: LinearWork, device: str = "cuda", *, levels: bool = False)
 
 class NothingRuns(RuntimeError):
     """No candidate for a launch runs on this GPU."""
+
+
+class Stopped(Exception):
+    """Tuning was given up before it was done."""
 
 
 def starts(
@@ -140,7 +156,12 @@ def _time(launch: Callable[[], None]) -> float:
 
 
 def tune_all(
-    works: Iterable[LinearWork], arch: str, table: Path | None = None, *, again: bool = False
+    works: Iterable[LinearWork],
+    arch: str,
+    table: Path | None = None,
+    *,
+    again: bool = False,
+    stop: Callable[[], bool] = _never,
 ) -> Iterator[tuple[LinearWork, Tuned | None]]:
     """Tune the launches that `table` lacks, and write it after each one: a run that is stopped goes on where it was.
 
@@ -149,9 +170,13 @@ def tune_all(
         arch: architecture of the present GPU, as in "sm90".
         table: file to write to, by default the user's own, which every model on this machine then runs with.
         again: tune what the table has, too.
+        stop: as for `tune_linear`.
 
     Yields:
         Every launch with what was found, None where the table had it already; not those of which nothing runs.
+
+    Raises:
+        Stopped: `stop` said so; what was yielded is in the table.
     """
     known = set() if again else set(tables.read(table or tables.user_table(arch)))
     seen: set[str] = set()
@@ -163,7 +188,7 @@ def tune_all(
             yield work, None
             continue
         try:
-            found = tune_linear(work)
+            found = tune_linear(work, stop=stop)
         except NothingRuns as error:
             logger.warning("%s; the rule of thumb stays", error)
             continue
