@@ -20,7 +20,7 @@ from lampq_rt.kernels.gpu import configs, linear, start, tables
 from lampq_rt.kernels.gpu.work import LinearWork
 
 EPILOGUES = {"requant": linear.REQUANT, "float": linear.FLOAT, "residual": linear.RESIDUAL, "heads": linear.HEADS}
-SPLITS = (1, 2, 4, 8)
+SPLITS: tuple[int, ...] = (1, 2, 4, 8)
 
 logger = logging.getLogger(__name__)
 
