@@ -138,7 +138,7 @@ def _linear(launch: offline.Launch) -> Facts:
 
 def _attention(launch: offline.Launch) -> Facts:
     v = launch.values
-    tokens, d, heads = v["TOKENS"], v["HEAD_DIM"], launch.grid[1]
+    tokens, d, heads = v["TOKENS"], v["HEAD_DIM"], launch.grid[1] * launch.grid[2]  # of all images
     rounds = 1 if v["ON_CHIP"] else math.ceil(tokens / v["TILE_0"])
     columns = v["TILE_0"] * rounds if not v["ON_CHIP"] else v["TILE_0"] + v["TILE_1"] + v["TILE_2"]
     products = 2 if v["ON_CHIP"] else 3  # two passes over K

@@ -112,12 +112,19 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 
 def _on_gpu(name: str) -> Callable[..., Any]:
-    """The Triton launcher of that name; Triton is imported by the first call, not by importing this package."""
+    """The Triton launcher of that name; Triton is imported by the first call, not by importing this package.
+
+    Every op's first argument is a tensor. Triton starts kernels on the current device, wherever their arguments lie.
+    """
 
     def launch(*args: Any, **kwargs: Any) -> Any:
         from lampq_rt.kernels.gpu import impl
 
-        return getattr(impl, name)(*args, **kwargs)
+        call, device = getattr(impl, name), args[0].device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return call(*args, **kwargs)
+        with torch.cuda.device(device):
+            return call(*args, **kwargs)
 
     return launch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,10 @@ BACKENDS = ("native", "reference", "triton")
 """`native` runs the device's kernels; `reference` the plain-torch truth, for tests and doubts; `triton` the GPU's
 launchers
 whatever the device, for Triton's interpreter."""
+
+
+_making_runner = threading.Lock()
+"""Of all models, for making one takes no time, and a model with a lock of its own could not be copied."""
 
 
 class CompiledModel(nn.Module):
@@ -68,9 +73,17 @@ class CompiledModel(nn.Module):
         """
         if not images.is_cuda or not self.use_graphs or torch.compiler.is_compiling():
             return self.model(images)
-        if self._runner is None:
-            self._runner = self._new_runner(images.device)
-        return self._runner(images)
+        return self._runner_for(images.device)(images)
+
+    def _runner_for(self, device: torch.device) -> GraphRunner:
+        """The one runner, made on the first call: a thread that made a second one would capture every graph again."""
+        runner = self._runner
+        if runner is None:
+            with _making_runner:
+                runner = self._runner
+                if runner is None:
+                    runner = self._runner = self._new_runner(device)
+        return runner
 
     def _new_runner(self, device: torch.device) -> GraphRunner:
         from lampq_rt.tuning import tune_missing

@@ -186,7 +186,7 @@ class IntegerBlock(nn.Module):
         """[B, N, D] to [B, N, D]; `x` is left as it is."""
         if attn_mask is not None or is_causal:
             raise ModelError("attention masks are not supported by quantised models")
-        return self.advance(x.clone(), None, None)[0]
+        return self.advance(x.clone(memory_format=torch.contiguous_format), None, None)[0]
 
 
 class IntegerBlocks(nn.Sequential):
@@ -205,10 +205,14 @@ class IntegerBlocks(nn.Sequential):
         self._programs = Programs(self, whole and all(part.norm.backend == "native" for part in parts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] to [B, N, D] of the same dtype; `x` is left as it is."""
+        """[B, N, D] to [B, N, D] of the same dtype; `x` is left as it is.
+
+        Kernels write rows of the stream, and tokens of a model without a class token come transposed.
+        """
         if self._programs.serves(x):
-            return self._programs(x, self._run)
-        return self._run(x.to(self.stream.dtype(x.device), copy=True)).to(x.dtype)
+            return self._programs(x.contiguous(), self._run)
+        stream = x.to(self.stream.dtype(x.device), copy=True, memory_format=torch.contiguous_format)
+        return self._run(stream).to(x.dtype)
 
     def _run(self, stream: Tensor) -> Tensor:
         """The new residual stream; may write to `stream`."""

@@ -1,10 +1,11 @@
 """Runs a model on a GPU as CUDA graphs, one per batch bucket: at small batches the launches cost more than the kernels.
 
 A batch is padded to the next bucket; a larger one than the largest bucket runs in pieces. Kernels are warmed up
-before a capture (compiling or tuning inside one would invalidate it), all graphs share one memory pool, and the
-result is copied out of it, so that a second call cannot overwrite what the caller still holds. Threads and streams
+before a capture (compiling or tuning inside one would invalidate it), all graphs of a model share one memory pool, and
+the result is copied out of it, so that a second call cannot overwrite what the caller still holds. Threads and streams
 may call at once: launches are serialised by a lock and, on the device, by an event that the next call's stream waits
-for. Where memory does not suffice for a graph, that bucket runs without one.
+for. Models share nothing but the lock under which one of them captures. Where memory does not suffice for a graph, that
+bucket runs without one.
 
 Inside a graph a large bucket may run in micro-batches, so that what one kernel writes is still in the L2 cache when
 the next one reads it (`micro_batch_for`).
@@ -35,6 +36,9 @@ LEAST_MICRO_BATCH = 64
 
 Function = Callable[[Tensor], Tensor]
 
+_capturing = threading.Lock()
+"""Held while a runner prepares and captures: each synchronises the device, which would break another's capture."""
+
 
 class Capture(Protocol):
     """What the runner asks of a device; `CudaCapture` is the real one."""
@@ -64,11 +68,31 @@ class Capture(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Own:
+    """What one runner has on one device.
+
+    Attributes:
+        warm_up: stream that kernels run on before a capture.
+        record: stream that is captured; graphs that share a pool must share it, too.
+        pool: memory pool of the graphs.
+    """
+
+    warm_up: torch.cuda.Stream
+    record: torch.cuda.Stream
+    pool: Any
+
+
 class CudaCapture:
-    """CUDA graphs that share one memory pool."""
+    """CUDA graphs that share, on each device, a memory pool and a stream, and none of them with other runners.
+
+    torch's own capture stream is one for the whole process, on the device that captured first. What is captured on one
+    stream also shares a workspace of cuBLAS, which models that replay side by side must not. It has to come out of the
+    graphs' pool (outside, torch may free it while graphs hold its address), so nothing is warmed up on that stream.
+    """
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._by_device: dict[int, _Own] = {}
 
     def on(self, device: torch.device) -> AbstractContextManager[Any]:
         """See `Capture`."""
@@ -76,7 +100,7 @@ class CudaCapture:
 
     def warm_up(self, call: Callable[[], object]) -> None:
         """See `Capture`."""
-        side = torch.cuda.Stream()
+        side = self._own().warm_up
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_CALLS):
@@ -84,22 +108,29 @@ class CudaCapture:
         torch.cuda.current_stream().wait_stream(side)
 
     def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
-        """See `Capture`; after a failure the next graph starts a pool of its own."""
-        stream = torch.cuda.current_stream()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        """See `Capture`; after a failure the next graph starts anew, with other streams and another pool."""
+        outer, own = torch.cuda.current_stream(), self._own()
         torch.cuda.empty_cache()  # as the capture would, so that what is reserved grows by the pool alone
         before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate in the meantime.
+        capture = torch.cuda.graph(graph, pool=own.pool, stream=own.record, capture_error_mode="thread_local")
         try:
-            # Other threads may allocate in the meantime.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), own_scratch():
+            with capture, own_scratch():
                 result = call()
         except BaseException:
-            self._pool = None
-            torch.cuda.set_stream(stream)  # a capture that cannot end leaves its own stream current
+            del self._by_device[torch.cuda.current_device()]
+            torch.cuda.set_stream(outer)  # a capture that cannot end leaves its own stream current
             raise
         return graph.replay, result, max(0, torch.cuda.memory_reserved() - before)
+
+    def _own(self) -> _Own:
+        """On the current device."""
+        device = torch.cuda.current_device()
+        if device not in self._by_device:
+            streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._by_device[device] = _Own(*streams, torch.cuda.graph_pool_handle())
+        return self._by_device[device]
 
     def mark(self) -> torch.cuda.Event:
         """See `Capture`."""
@@ -203,11 +234,12 @@ class GraphRunner:
     def _captured(self, images: Tensor, bucket: int) -> Graph:
         static = images.new_zeros((bucket, *images.shape[1:]))
         static[: len(images)].copy_(images)
-        if self._before_capture is not None:
-            for size in dict.fromkeys(len(piece) for piece in self._pieces(static)):
-                self._before_capture(static[:size])
-        self._capture.warm_up(lambda: self._in_micro_batches(static))
-        replay, result, pool_bytes = self._capture.record(lambda: self._in_micro_batches(static))
+        with _capturing:
+            if self._before_capture is not None:
+                for size in dict.fromkeys(len(piece) for piece in self._pieces(static)):
+                    self._before_capture(static[:size])
+            self._capture.warm_up(lambda: self._in_micro_batches(static))
+            replay, result, pool_bytes = self._capture.record(lambda: self._in_micro_batches(static))
         return Graph(replay, static, result, pool_bytes)
 
     def _pieces(self, images: Tensor) -> Iterator[Tensor]:

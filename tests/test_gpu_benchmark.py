@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,8 @@ from benchmarks.gpu import __main__ as command  # noqa: E402
 from benchmarks.gpu import cases, checks, kernels, parts, plan, speed  # noqa: E402
 from benchmarks.gpu.job import Job, attempt  # noqa: E402
 from lampq_rt.kernels import reference  # noqa: E402
-from lampq_rt.kernels.gpu import configs, tables  # noqa: E402
+from lampq_rt.kernels.gpu import configs, tables, tune  # noqa: E402
+from lampq_rt.kernels.gpu.work import LinearWork  # noqa: E402
 
 
 @pytest.fixture
@@ -63,6 +68,30 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_right_results_are_called_right(job: Job) -> None:
     facts = checks.correctness(job)
     assert len(facts["rows"]) > 10 and facts["wrong"] == [], facts["summary"]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_whole_rows_are_tried_where_a_tile_holds_them(job: Job, monkeypatch: pytest.MonkeyPatch, right: bool) -> None:
+    some = [case for case in cases.cases() if case[1] == "linear_residual_layernorm"]
+    tried = []
+
+    def rows(config: Any, *args: Any) -> None:
+        """Stands for the kernel."""
+        *operands, out = args[:7]
+        tried.append((len(operands[2]), operands[2].dtype))
+        out.copy_(reference.linear_residual_layernorm(*operands, *args[7:12], 8, torch.int8, *args[13:]))
+        out += 0 if right else 2
+
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(cases, "cases", lambda: iter(some))
+    monkeypatch.setattr(checks, "REPEATS", 1)
+    monkeypatch.setattr(checks, "SCHEMAS", ("linear_residual_layernorm",))
+    monkeypatch.setattr(checks, "NATIVE", reference)
+    monkeypatch.setattr(checks.start, "rows", rows)
+    facts = checks.correctness(job)
+    packed = [(192, torch.uint8)] * 4
+    assert tried == [(384, torch.int8), (192, torch.int8), *packed], "no tile holds 384 columns of packed operands"
+    assert len(facts["rows"]) == 10 and len(facts["wrong"]) == (0 if right else 6), facts["summary"]
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -121,12 +150,116 @@ def test_a_ratio_needs_both() -> None:
 def test_a_second_call_has_the_tuning_of_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "cache_folder", lambda: tmp_path)
     config = configs.LinearConfig(64, 64, 128).to_json()
-    entry = {"ok": True, "sources": "new", "data": {"arch": "sm90", "entries": {"linear requant 1": config}}}
-    command.restore_tables(
-        {"tune:a:1": entry, "tune:b:1": {**entry, "sources": "old"}, "x": {"ok": False, "data": None}}, "new"
-    )
-    assert list(tables.read(tmp_path / "sm90.json")) == ["linear requant 1"]
-    assert command.is_done(entry, "new") and not command.is_done(entry, "newer") and not command.is_done(None, "new")
+
+    def entry(key: str, **changes: Any) -> dict[str, Any]:
+        return {"ok": True, "sources": "new", "data": {"arch": "sm90", "entries": {key: config}}, **changes}
+
+    done = {
+        "tune:a:1": entry("linear requant 1"), "tune:b:1": entry("linear requant 2", sources="old"),
+        "tune:c:1": entry("linear requant 3", ok=False), "x": entry("", ok=False, data=None),
+    }  # fmt: skip
+    command.restore_tables(done, "new")
+    assert list(tables.read(tmp_path / "sm90.json")) == ["linear requant 1", "linear requant 3"]
+    first = done["tune:a:1"]
+    assert command.is_done(first, "new") and not command.is_done(first, "newer") and not command.is_done(None, "new")
+    assert not command.is_done(done["tune:c:1"], "new") and not command.is_done(done["x"], "new")
+    first["data"]["left"] = 2
+    assert not command.is_done(first, "new"), "a part that stopped itself goes on in the next call"
+    first["data"]["left"] = 0
+    assert command.is_done(first, "new")
+
+
+class Tuner:
+    """Stands for `tune_linear`; from the `most`-th linear on there is no time. Attribute `asked`: keys."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, most: int) -> None:
+        self.asked: list[str] = []
+        self.most = most
+        monkeypatch.setattr(tables, "cache_folder", lambda: tmp_path / "cache")
+        monkeypatch.setattr(kernels.tuning, "gpu_architecture", lambda: "sm90")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+        monkeypatch.setattr(tune, "tune_linear", self)
+
+    def __call__(self, work: LinearWork, *, levels: bool = False, stop: Any) -> tune.Tuned:
+        assert not stop(), "there is time"
+        if len(self.asked) == self.most:
+            raise tune.Stopped(work.key)
+        self.asked.append(work.key + (" weight levels" if levels else ""))
+        return tune.Tuned(configs.LinearConfig(), 1.0, 2.0)
+
+
+def test_gemm_goes_on_where_it_ran_out_of_time(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = len(list(kernels.gemm_works()))
+    tuner = Tuner(monkeypatch, tmp_path, 5)
+    first = kernels.gemm(job)
+    assert (len(first["rows"]), first["left"]) == (5, asked - 5) and f"{asked - 5} left" in first["summary"]
+    tuner.most = 1000
+    whole = kernels.gemm(replace(job, earlier=first))
+    assert whole["left"] == 0 and len(tuner.asked) == len(set(tuner.asked)) == len(whole["rows"]) == asked
+    assert len(whole["entries"]) == asked - sum("levels" in row["key"] for row in whole["rows"])
+    tuner.asked.clear()
+    kernels.gemm(replace(job, earlier={**first, "gpu": "another"}))
+    assert len(tuner.asked) == asked, "times of another GPU say nothing of this one"
+
+
+def test_a_tuned_model_goes_on_where_it_ran_out_of_time(
+    job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    works = [LinearWork("requant", 197, 64 * n, 64) for n in range(1, 7)]
+    monkeypatch.setattr(kernels, "model_works", lambda name, batch: works)
+    job, tuner = replace(job, args=("vit", "1")), Tuner(monkeypatch, tmp_path, 4)
+    first = kernels.tune_model(job)
+    assert first["left"] == 2 and list(first["entries"]) == [work.key for work in works[:4]]
+    tables.user_table("sm90").unlink()
+    command.restore_tables({"tune": {"ok": True, "sources": "new", "data": first}}, "new")  # on the next machine
+    tuner.most = 1000
+    second = kernels.tune_model(job)
+    assert second["left"] == 0 and tuner.asked == list(second["entries"]) == [work.key for work in works]
+    assert tables.read(job.folder / "sm90.json").keys() == second["entries"].keys()
+
+
+def test_a_part_knows_when_it_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the clock of who started it: what is imported before it begins counts."""
+    jobs: list[Job] = []
+
+    def part(job: Job) -> dict[str, Any]:
+        jobs.append(job)
+        return {"summary": "done"}
+
+    def run(arguments: list[str], log: Any, limit_s: float) -> int:
+        assert limit_s == 60 and arguments[1:3] == ["-m", "benchmarks.gpu.parts"]
+        time.sleep(0.3)  # imports
+        app = typer.Typer()
+        app.command()(parts.main)
+        return CliRunner().invoke(app, arguments[3:], catch_exceptions=False).exit_code
+
+    monkeypatch.setitem(parts.FUNCTIONS, "gemm", part)
+    monkeypatch.setattr(command, "run_limited", run)
+    entry = command._run(plan.Part("gemm"), 60.0, tmp_path, None, {"left": 3})
+    assert entry["ok"] and entry["data"] == {"summary": "done"}
+    assert 50 < jobs[0].left() < 59.8 and jobs[0].earlier == {"left": 3}
+    monkeypatch.setattr(command, "run_limited", lambda *args: None)
+    entry = command._run(plan.Part("gemm"), 60.0, tmp_path, None, {"left": 3})
+    assert (entry["ok"], entry["data"], entry["error"]) == (False, {"left": 3}, "time limit of 60 s")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_a_time_limit_ends_all_that_a_part_started() -> None:
+    """Whoever holds the pipe's other end is still there; so a read that ends says that nobody is."""
+    child = "import subprocess, time; subprocess.Popen(['sleep', '100']); time.sleep(100)"
+    reading, writing = os.pipe()
+    with open(reading, "rb") as end:
+        with open(writing, "wb") as log:
+            assert command.run_limited([sys.executable, "-c", child], log, 1.0) is None
+            assert command.run_limited([sys.executable, "-c", "raise SystemExit(3)"], log, 30.0) == 3
+        assert select.select([end], [], [], 10.0)[0] == [end] and end.read() == b""
+
+
+def test_workers_are_as_many_as_the_cores_they_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 256)
+    for cores, workers in ((256, 16), (16, 14), (4, 2), (1, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        assert kernels.compile_workers() == workers
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

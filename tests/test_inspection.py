@@ -49,7 +49,7 @@ def test_nvidia() -> None:
     made = read_nvidia("sm80", PTX, SASS, 1024)
     assert (made.wgmma, made.mma, made.mfma) == (1, 1, 0)
     assert (made.byte_accesses, made.byte_shared_stores, made.byte_shared_loads) == (1, 1, 0)
-    assert made.load_bytes == (16, 1, 16) and made.store_bytes == (8,)
+    assert made.load_bytes == (16, 1, 16) and made.store_bytes == (8,) and made.copy_bytes == (16,)
     assert (made.spills, made.registers, made.instructions) == (1, 25, 8)
     assert made.loop_mix == {"matrix": 1, "barrier": 1, "other": 1}
     assert made.mix["async copy"] == made.mix["global store"] == 1 and "global load" not in made.mix

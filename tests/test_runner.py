@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lampq_rt
-from lampq_rt.runner import BUCKETS, GraphRunner, micro_batch_for
+from lampq_rt.runner import BUCKETS, CudaCapture, GraphRunner, micro_batch_for
 from tests.plans import range_plan, tiny_vit
 
 
@@ -174,6 +175,127 @@ def test_threads_may_call_at_once() -> None:
     assert capture.events.count("record") == 4
 
 
+def test_one_runner_captures_at_a_time() -> None:
+    """Entering a capture synchronises the device, and so does a tuner: either would break another's capture."""
+    active, most = 0, 0
+
+    def slowly(x: Tensor) -> Tensor:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        time.sleep(0.02)
+        active -= 1
+        return x.flatten(1).sum(1, keepdim=True)
+
+    runners = [GraphRunner(slowly, (1, 2), before_capture=slowly, capture=FakeCapture()) for _ in range(4)]
+    threads = [threading.Thread(target=runner._captured, args=(images(2), 2)) for runner in runners]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+class FakeCuda:
+    """Two devices that note on which stream what is called, in place of torch.cuda's functions.
+
+    Attributes:
+        device: the current one.
+        streams: the current stream of every device, as (device, number).
+        captures: (stream, pool) of every capture, in order.
+        ran: streams that calls ran on.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device, self.made = 0, 0
+        self.streams: dict[int, Any] = {}
+        self.captures: list[tuple[Any, Any]] = []
+        self.ran: list[Any] = []
+        self.graph_pool_handle = lambda: self._next()
+        self.current_device = lambda: self.device
+        self.current_stream = lambda: self.streams.setdefault(self.device, self.Stream(self.device))
+        self.empty_cache, self.memory_reserved = lambda: None, lambda: 0
+        for name in ("graph_pool_handle", "current_device", "current_stream", "empty_cache", "memory_reserved"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        for name in ("Stream", "CUDAGraph", "stream", "set_stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def _next(self) -> int:
+        self.made += 1
+        return self.made
+
+    def Stream(self, device: int | None = None) -> Any:  # noqa: N802
+        made = FakeStream()
+        made.device, made.number = self.device if device is None else device, self._next()
+        return made
+
+    def CUDAGraph(self) -> Any:  # noqa: N802
+        return FakeStream()
+
+    def set_stream(self, stream: Any) -> None:
+        self.device, self.streams[stream.device] = stream.device, stream
+
+    @contextmanager
+    def stream(self, stream: Any) -> Any:
+        outer = self.current_stream()
+        self.set_stream(stream)
+        yield
+        self.set_stream(outer)  # not after a failure, as a capture that cannot end
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Any:
+        assert stream is not None, "torch would capture on a stream of the device that captured first"
+        assert capture_error_mode == "thread_local"
+        self.captures.append((stream, pool))
+        with self.stream(stream):
+            yield
+
+    def call(self) -> Tensor:
+        self.ran.append(self.current_stream())
+        return torch.zeros(1)
+
+
+class FakeStream:
+    device: int
+    number: int
+
+    def wait_stream(self, other: Any) -> None:
+        assert other is not self
+
+    def replay(self) -> None:
+        pass
+
+
+def test_every_runner_has_its_streams_and_pool_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    first, second = CudaCapture(), CudaCapture()
+    for capture, device in ((first, 0), (first, 1), (second, 1), (first, 0), (second, 1)):
+        cuda.device = device
+        outer = cuda.current_stream()
+        capture.warm_up(cuda.call)
+        capture.record(cuda.call)
+        assert (cuda.device, cuda.current_stream()) == (device, outer)
+    assert [stream.device for stream, _ in cuda.captures] == [0, 1, 1, 0, 1]
+    assert cuda.captures[0] == cuda.captures[3] and cuda.captures[2] == cuda.captures[4], "graphs of a runner share"
+    assert len({id(stream) for stream, _ in cuda.captures}) == len({pool for _, pool in cuda.captures}) == 3
+    warm = {id(stream) for i, stream in enumerate(cuda.ran) if i % 3 < 2}
+    assert len(warm) == 3 and warm.isdisjoint(id(stream) for stream, _ in cuda.captures)
+
+
+def test_after_a_failed_capture_a_device_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, capture = FakeCuda(monkeypatch), CudaCapture()
+    outer = cuda.current_stream()
+
+    def fails() -> Tensor:
+        raise RuntimeError("illegal")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        capture.record(fails)
+    assert cuda.current_stream() is outer
+    capture.record(cuda.call)
+    assert cuda.captures[0][0] is not cuda.captures[1][0] and cuda.captures[0][1] != cuda.captures[1][1]
+
+
 def test_a_failure_inside_a_capture_leaves_the_runner_usable() -> None:
     runner, _, capture = made()
     x = images(4)
@@ -231,6 +353,26 @@ def test_the_rule_for_micro_batches() -> None:
     assert micro_batch_for(base, h100) is None and micro_batch_for(tiny, a100) == 128
     assert micro_batch_for(small, 0) is None
     assert all(m in BUCKETS for m in (64, 128))
+
+
+def test_threads_that_call_first_share_one_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_vit(depth=1)
+    fast = lampq_rt.compile(model, range_plan(model, torch.randn(1, 3, 32, 32)))
+    made: list[GraphRunner] = []
+
+    def new_runner(device: torch.device) -> GraphRunner:
+        time.sleep(0.05)
+        made.append(GraphRunner(fast.model, capture=FakeCapture()))
+        return made[-1]
+
+    monkeypatch.setattr(fast, "_new_runner", new_runner)
+    got: list[GraphRunner] = []
+    threads = [threading.Thread(target=lambda: got.append(fast._runner_for(torch.device("cpu")))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and all(runner is made[0] for runner in got) and len(got) == 4
 
 
 def test_a_compiled_model_through_the_runner() -> None:

@@ -174,7 +174,7 @@ def test_split_k_gives_the_exact_sum_and_cleans_up() -> None:
     assert not any(bool(zeros.any()) for zeros in kept), "the next launch relies on it"
     with scratch.own_scratch():
         own = scratch.split_scratch(case[0], 70 * 192, 6)
-        assert own[0].data_ptr() != kept[0].data_ptr() == scratch._by_stream[next(iter(scratch._by_stream))].data_ptr()
+        assert own[0].data_ptr() != kept[0].data_ptr() == scratch._kept[next(iter(scratch._kept))].data_ptr()
         assert scratch.split_scratch(case[0], 64, 1)[0] is own[0]
 
 
@@ -345,6 +345,17 @@ def test_a_whole_model_with_a_half_precision_stream(bits: dict[str, int] | int) 
         )
         noise = (wanted - model(images)).pow(2).mean().sqrt()
     assert (came - wanted).pow(2).mean().sqrt() <= 0.5 * noise
+
+
+@pytest.mark.parametrize("bits", [{"default": 8, "patch_embed": 16}, {"default": 8, "patch_embed": 16, "qkv": 16}])
+def test_a_whole_model_whose_tokens_come_transposed(bits: dict[str, int]) -> None:
+    """Without a class token, timm's tokens are a view of the convolution's channels; kernels write rows."""
+    model, images = tiny_vit(class_token=False, global_pool="avg"), torch.randn(2, 3, 32, 32)
+    assert not model._pos_embed(model.patch_embed(images)).is_contiguous()
+    plan = range_plan(model, images, bits)
+    assert_model(model, plan, images)
+    block, tokens = lampq_rt.compile(model, plan, backend="triton").model.blocks[0], torch.randn(2, 64, 16).mT
+    torch.testing.assert_close(block(tokens), block(tokens.contiguous()))
 
 
 def test_one_deit_tiny_block_at_197_tokens() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from lampq_rt import tuning
 from lampq_rt.cli import main
 from lampq_rt.errors import FormatError
-from lampq_rt.kernels.gpu import configs, tables, tune
+from lampq_rt.kernels.gpu import configs, offline, tables, tune
 from lampq_rt.kernels.gpu.work import LinearWork, Recorder
 from tests.plans import VARIANTS, tiny_vit
 
@@ -29,9 +30,11 @@ class Timer:
         self.asked: list[str] = []
         self.fail_at: int | None = None
 
-    def __call__(self, work: LinearWork) -> tune.Tuned:
+    def __call__(self, work: LinearWork, *, stop: Callable[[], bool]) -> tune.Tuned:
         if len(self.asked) == self.fail_at:
             raise KeyboardInterrupt
+        if stop():
+            raise tune.Stopped(work.key)
         self.asked.append(work.key)
         return tune.Tuned(configs.LinearConfig(64, 64, 128, warps=4), 0.01, 0.02)
 
@@ -142,6 +145,32 @@ def test_candidates_hold_and_fit() -> None:
     assert any(c.split_k > 1 for c in tune.candidates(197, 768, 3072, "sm90", 132, 8, 8))
 
 
+def test_no_candidate_starts_the_same_kernel_as_another() -> None:
+    """Columns of q, k and v never split K, whatever a configuration says; at batch 1 the rule says so."""
+    for work in (LinearWork("heads", 50, 2304, 768, heads=12, tokens=50), LinearWork("residual", 50, 768, 3072)):
+        with offline.recording("sm90") as launches:
+            configs_ = [config for config, start in tune.starts(work) if start() is None]
+        assert len({(launch.key, launch.grid) for launch in launches}) == len(launches) == len(configs_)
+        assert (max(config.split_k for config in configs_) > 1) == (work.epilogue != "heads")
+
+
+def test_two_kernels_are_timed_as_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the residual's tuned tile and nothing but their launches."""
+    work, tile = LinearWork("rows", 34, 64, 256, 8, 4), configs.LinearConfig(64, 128, 128, warps=4)
+    asked: list[str] = []
+    monkeypatch.setattr(tables, "linear", lambda arch, key: asked.append(key) or tile)
+    case = tune._case(work, "meta")
+    ((config, two), *_) = tune.starts(work, case)
+    assert config is None and asked == [LinearWork("residual", 34, 64, 256, 8, 4).key]
+    monkeypatch.setattr(tables, "linear", None)
+    for name in ("empty", "zeros", "empty_like"):
+        monkeypatch.setattr(torch, name, None)
+    with offline.recording("sm90") as launches:
+        two()
+    assert [launch.name for launch in launches] == ["linear_kernel", "layernorm_quantize_kernel"]
+    assert [launches[0].values[name] for name in ("EPILOGUE", "BLOCK_M", "BLOCK_N")] == [2, 64, 128]
+
+
 def test_tune_writes_a_table_that_launches_read(timer: Timer, tmp_path: Path) -> None:
     out = facts("--batch", "1,8", "--formats", "w8a8")
     assert out["architecture"] == "sm90" and out["table"] == str(tmp_path / "cache" / "sm90.json")
@@ -165,6 +194,15 @@ def test_a_stopped_run_goes_on_where_it_was(timer: Timer, tmp_path: Path) -> Non
     result = run("tune", MODEL, "--batch", 1, "--out", table)
     assert not timer.asked and "0 shapes tuned" in result.stdout and "--again" in result.stdout
     assert all(row["config"] for row in facts("--batch", 1, "--out", table, "--again")["rows"])
+
+
+def test_a_tuner_asks_before_every_candidate_whether_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[object] = []
+    monkeypatch.setattr(tune, "_timed", lambda launch: timed.append(launch) or 1.0)
+    monkeypatch.setattr(tune, "_case", lambda work, device, case=tune._case: case(work, "meta"))
+    with pytest.raises(tune.Stopped):
+        tune.tune_linear(LinearWork("requant", 34, 256, 64), stop=lambda: len(timed) == 3)
+    assert len(timed) == 3
 
 
 def test_a_table_says_where_two_kernels_are_faster_than_one(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ packages.
 The most valuable comes first. Every part is a process of its own with a time limit; what it finds is kept row by row,
 a part that fails or is stopped is recorded with its rows and the end of its output, and the rest goes on. A second
 call with `--resume` (by default the results kept in benchmarks/results) goes on where the first stopped, with the
-tuning of the first, and does again what the kernels' sources have outdated. DIR then holds results.json, tuning tables
-and a log: at most eight files.
+tuning of the first, also within a part that ran out of time, and does again what the kernels' sources have outdated.
+DIR then holds results.json, tuning tables and a log: at most eight files.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import torch
 import typer
@@ -61,22 +62,29 @@ def main(
         elif left < part.least_s:
             typer.echo(f"{part.name}: left for the next call ({left:.0f} s remain, {part.least_s} s needed)")
         else:
-            done[part.name] = {**_run(part, min(left, part.limit_s), out, weights), "sources": digest}
+            earlier = earlier_facts(done.get(part.name), digest)
+            earlier = earlier if earlier.get("left") else {}
+            done[part.name] = {**_run(part, min(left, part.limit_s), out, weights, earlier), "sources": digest}
             _write(out / "results.json", done)
     _write(out / "results.json", done)
     _show(done)
 
 
 def is_done(entry: dict[str, Any] | None, digest: str) -> bool:
-    """True for the result of a part that ended well, with these sources."""
-    return bool(entry and entry["ok"] and entry["sources"] == digest)
+    """True for the result of a part that ended well, with these sources, and left nothing for a next call."""
+    return bool(entry and entry["ok"] and entry["sources"] == digest and not (entry["data"] or {}).get("left"))
+
+
+def earlier_facts(entry: dict[str, Any] | None, digest: str) -> dict[str, Any]:
+    """What a part found with these sources, whether or not it came to its end."""
+    return entry["data"] or {} if entry and entry["sources"] == digest else {}
 
 
 def restore_tables(done: dict[str, Any], digest: str) -> None:
-    """Tuning of an earlier call into this machine's own table, which models run with."""
+    """Tuning of an earlier call into this machine's own table, which models run with; a stopped part's, too."""
     for entry in done.values():
-        data = entry["data"] or {}
-        if is_done(entry, digest) and data.get("entries"):
+        data = earlier_facts(entry, digest)
+        if data.get("entries"):
             tables.save(data["arch"], tables.parsed(data["entries"]))
 
 
@@ -86,35 +94,48 @@ def _write(path: Path, done: dict[str, Any]) -> None:
     os.replace(beside, path)
 
 
-def _run(part: Part, limit_s: float, out: Path, weights: Path | None) -> dict[str, Any]:
-    """One part in its own process."""
-    result = out / "part.json"
+def _run(part: Part, limit_s: float, out: Path, weights: Path | None, earlier: dict[str, Any]) -> dict[str, Any]:
+    """One part in its own process; it goes on from what it found `earlier`, which is kept where it finds nothing."""
+    result, before = out / "part.json", out / "earlier.json"
     result.unlink(missing_ok=True)
+    before.write_text(json.dumps(earlier))
     command = [sys.executable, "-m", "benchmarks.gpu.parts", part.name, "--result", str(result), "--tables", str(out)]
-    command += ["--seconds", f"{limit_s:.0f}"]
+    command += ["--until", f"{time.time() + limit_s:.1f}", "--earlier", str(before)]
     if weights:
         command += ["--weights", str(weights)]
     start = time.monotonic()
     with (out / "log.txt").open("ab") as log:
         first = log.tell()
-        try:
-            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-            status = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=limit_s
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = -1
+        status = run_limited(command, log, limit_s)
     seconds = round(time.monotonic() - start, 1)
-    data = json.loads(result.read_text()) if result.is_file() else None
+    data = json.loads(result.read_text()) if result.is_file() else earlier or None
     result.unlink(missing_ok=True)
+    before.unlink()
     ok = status == 0 and data is not None and not data.get("wrong")
     summary = (data or {}).get("summary", "nothing kept")
     print(f"{part.name}: {'ok' if ok else 'failed'} in {seconds} s: {summary}", flush=True)
     entry: dict[str, Any] = {"ok": ok, "seconds": seconds, "data": data}
     if not ok:
         tail = (out / "log.txt").read_bytes()[first:][-3000:].decode(errors="replace")
-        entry["error"] = f"time limit of {limit_s:.0f} s" if status == -1 else tail if status else "wrong results"
+        entry["error"] = f"time limit of {limit_s:.0f} s" if status is None else tail if status else "wrong results"
     return entry
+
+
+def run_limited(command: list[str], log: BinaryIO, limit_s: float) -> int | None:
+    """Exit status of `command`; None where time ran out, and then it is stopped with all that it started.
+
+    Processes that compile, for one, would go on beside the next part's timings.
+    """
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        return process.wait(limit_s)
+    except BaseException as error:  # an interrupt, too: it does not reach another session
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return None
 
 
 def _show(done: dict[str, Any]) -> None:

@@ -13,6 +13,10 @@ from lampq_rt.kernels import reference
 from lampq_rt.kernels.gpu import configs
 
 LINEARS = ((197, 192, 576), (50, 768, 3072), (1576, 384, 384), (12, 3072, 768), (198, 128, 1000))
+"""(M, K, N), with every epilogue."""
+
+ROWS = (197, 768, 192)
+"""(M, K, N) of a linear with LayerNorm whose rows one kernel can hold in every container: of 384 columns, int8 only."""
 
 TABLE = torch.arange(-128, 128).div(2, rounding_mode="floor").to(torch.int8)
 """Levels of which neighbours are at most one apart, as codes are."""
@@ -41,16 +45,34 @@ def cases() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for m, k, n in LINEARS:
         for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
             yield from _linear_cases(m, k, n, a_bits, w_bits)
+    for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
+        args, label = _operands(*ROWS, a_bits, w_bits)
+        yield _rows_case(args, label)
+        if w_bits <= 4:
+            yield _rows_case(*_with_levels(args, label))
     for batch, tokens, heads, head_dim in ((2, 197, 3, 64), (1, 198, 2, 32), (2, 49, 2, 48), (1, 577, 2, 80)):
         yield from _attention_cases(batch, tokens, heads, head_dim)
 
 
-def _linear_cases(m: int, k: int, n: int, a_bits: int, w_bits: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+def _operands(m: int, k: int, n: int, a_bits: int, w_bits: int) -> tuple[tuple[Any, ...], str]:
+    """x_q, w_q, scale, column and bias of a linear, and a label."""
     x_q, w_q = _codes((1, m, k), a_bits), _codes((n, k), w_bits, weight=True)
     scale = (torch.rand(n) + 0.5) * 12 / (math.sqrt(k) * 2 ** (a_bits + w_bits))
     column, bias = reference.column_constant(w_q, -3), torch.randn(n)
     stored = [reference.pack_int4(t) if bits <= 4 else t for t, bits in ((x_q, a_bits), (w_q, w_bits))]
-    args, label = (*stored, scale, column, bias), f"{m}x{k}x{n} a{a_bits} w{w_bits}"
+    return (*stored, scale, column, bias), f"{m}x{k}x{n} a{a_bits} w{w_bits}"
+
+
+def _rows_case(args: tuple[Any, ...], label: str, levels: Tensor | None = None) -> tuple[str, str, tuple[Any, ...]]:
+    """A residual with the LayerNorm that follows."""
+    m, n = args[0].shape[1], len(args[1])
+    norm = (torch.randn(n), torch.randn(n), 1e-6, 20.0, 3, 8, torch.int8)
+    args = (torch.randn(1, m, n).half(), *args, *norm, *(() if levels is None else (None, levels)))
+    return f"residual+layernorm {label}", "linear_residual_layernorm", args
+
+
+def _linear_cases(m: int, k: int, n: int, a_bits: int, w_bits: int) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    args, label = _operands(m, k, n, a_bits, w_bits)
     for activation in ("none", "gelu"):
         yield f"requant {activation} {label}", "linear_requant", (*args, activation, 30.0, -2, 8, torch.int8)
     yield f"requant levels {label}", "linear_requant", (*args, "gelu", 30.0, -2, 8, torch.int8, TABLE)
@@ -63,19 +85,23 @@ def _linear_cases(m: int, k: int, n: int, a_bits: int, w_bits: int) -> Iterator[
     yield f"float {label}", "linear_float", (*args, "none", torch.float16)
     yield f"residual {label}", "linear_residual", (torch.randn(1, m, n).half(), *args)
     if n <= configs.MAX_ROW:
-        tail = (torch.randn(n), torch.randn(n), 1e-6, 20.0, 3, 8, torch.int8)
-        yield f"residual+layernorm {label}", "linear_residual_layernorm", (torch.randn(1, m, n).half(), *args, *tail)
+        yield _rows_case(args, label)
     if w_bits <= 4:
         yield from _weight_level_cases(args, label)
 
 
-def _weight_level_cases(args: tuple[Any, ...], label: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """Packed weights whose codes name levels, in every epilogue but that of qkv."""
+def _with_levels(args: tuple[Any, ...], label: str) -> tuple[tuple[Any, ...], str, Tensor]:
+    """The same operands with packed codes that name levels, label, levels."""
     x_q, w_q, scale, _, bias = args
     levels = _levels()
     args = (x_q, w_q, scale / 18, reference.column_constant(w_q, -3, levels), bias)
-    (_, m, _), n = x_q.shape, len(w_q)
-    label = f"weight levels {label}"
+    return args, f"weight levels {label}", levels
+
+
+def _weight_level_cases(args: tuple[Any, ...], label: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Packed weights whose codes name levels, in every epilogue but that of qkv."""
+    args, label, levels = _with_levels(args, label)
+    m, n = args[0].shape[1], len(args[1])
     yield f"requant {label}", "linear_requant", (*args, "gelu", 30.0, -2, 8, torch.int8, None, levels)
     channels = ((torch.rand(n) + 0.5) * 30.0, torch.randn(n) * 20)
     tail = (8, torch.int8, TABLE, levels)
@@ -83,8 +109,7 @@ def _weight_level_cases(args: tuple[Any, ...], label: str) -> Iterator[tuple[str
     yield f"float {label}", "linear_float", (*args, "none", torch.float16, levels)
     yield f"residual {label}", "linear_residual", (torch.randn(1, m, n).half(), *args, levels)
     if n <= configs.MAX_ROW:
-        x, norm = torch.randn(1, m, n).half(), (torch.randn(n), torch.randn(n), 1e-6, 20.0, 3, 8, torch.int8)
-        yield f"residual+layernorm {label}", "linear_residual_layernorm", (x, *args, *norm, None, levels)
+        yield _rows_case(args, label, levels)
 
 
 def _levels() -> Tensor:

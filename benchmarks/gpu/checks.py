@@ -52,8 +52,9 @@ def _compared(name: str, args: tuple[Any, ...]) -> Facts:
     inputs = [a.cuda() if isinstance(a, Tensor) else a for a in args]
     wanted = _results(getattr(reference, name)(*(reference_args := _own(args))), name, reference_args)
     ways = [lambda own: getattr(NATIVE, name)(*own)]
-    if name == "linear_residual_layernorm":
-        ways.append(_in_one_kernel)
+    config = _rows_config(inputs) if name == "linear_residual_layernorm" else None
+    if config is not None:
+        ways.append(lambda own: _in_one_kernel(config, own))
     facts: Facts = {"max": 0.0, "rate": 0.0, "wrong": False, "unstable": 0}
     for way in ways:
         first: list[Tensor] | None = None
@@ -93,15 +94,23 @@ def _results(came: Any, name: str, args: list[Any]) -> list[Tensor]:
     return [args[0], *found] if name.startswith("linear_residual") else found
 
 
-def _in_one_kernel(args: list[Any]) -> Tensor:
-    """Codes of `linear_residual_layernorm` by `linear_rows_kernel`, which also writes x."""
-    *operands, bits, dtype = args[:13]
-    x, x_q, w_q = operands[:3]
+def _rows_config(args: Sequence[Any]) -> configs.LinearConfig | None:
+    """The first tile that can hold whole rows of `linear_residual_layernorm`; None where none can, so no table has one.
+
+    384 columns of a packed operand are such a case: unpacking takes the registers that the sums would need.
+    """
+    x, x_q, w_q = args[:3]
     widths = (4 if x_q.dtype == torch.uint8 else 8, 4 if w_q.dtype == torch.uint8 else 8)
     arch = start.facts(x_q)[0]
-    fitting = (c for c in configs.ROWS_CANDIDATES if configs.rows_feasible(c, x.shape[-1], arch, *widths))
+    return next((c for c in configs.ROWS_CANDIDATES if configs.rows_feasible(c, x.shape[-1], arch, *widths)), None)
+
+
+def _in_one_kernel(config: configs.LinearConfig, args: Sequence[Any]) -> Tensor:
+    """Codes of `linear_residual_layernorm` by `linear_rows_kernel`, which also writes x."""
+    *operands, bits, dtype = args[:13]
+    x = operands[0]
     out = impl._empty(x, tuple(x.shape), dtype)
-    start.rows(next(fitting), *operands[:6], out, *operands[6:], reference.code_range(bits), *args[13:])
+    start.rows(config, *operands[:6], out, *operands[6:], reference.code_range(bits), *args[13:])
     return out
 
 

@@ -29,13 +29,15 @@ AHEAD = (("vit_base_patch16_224", 64), ("vit_base_patch16_224", 1), ("deit_small
 """Models and batches whose candidates are compiled before anything is timed."""
 
 LAST_SECONDS = 15
-"""No shape is begun with less time left than this."""
+"""No kernel is begun with less time left than this: to compile one that was not compiled ahead takes a few."""
+
+MOST_WORKERS = 16
+"""More processes compile no faster than they start."""
 
 
 def compile_ahead(job: Job) -> Facts:
     """Fill Triton's cache with what the next parts launch, on all cores: compiling takes most of their time."""
-    arch, workers = tuning.gpu_architecture(), max(1, (os.cpu_count() or 2) - 2)
-    until = time.time() + job.left() - LAST_SECONDS
+    arch, workers, until = tuning.gpu_architecture(), compile_workers(), job.until - LAST_SECONDS
     started = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         counts = pool.starmap(compile_share, [(arch, share, workers, until) for share in range(workers)])
@@ -43,6 +45,11 @@ def compile_ahead(job: Job) -> Facts:
     seconds = time.monotonic() - started
     summary = f"{made} kernels in {seconds:.0f} s, {failed} that do not compile, {left} left"
     return {"made": made, "failed": failed, "left": left, "seconds": seconds, "workers": workers, "summary": summary}
+
+
+def compile_workers() -> int:
+    """Processes that compile: two fewer than the cores that this one may use, which may be few of a machine's."""
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 2))
 
 
 def compile_share(arch: str, share: int, shares: int, until: float) -> tuple[int, int, int]:
@@ -113,27 +120,43 @@ def gemm(job: Job) -> Facts:
     """TOP/s of the linears of ViT-Base at batch 64, by epilogue, each at its best configuration.
 
     4-bit weights are also timed with levels; a best configuration of its own would ask for keys of its own in tables.
+    What an earlier call timed on such a GPU stands.
     """
-    arch, rows, entries = tuning.gpu_architecture(), list[Facts](), Facts()
-    for work, levels in gemm_works():
-        if job.left() < LAST_SECONDS:
+    arch, gpu, works = tuning.gpu_architecture(), torch.cuda.get_device_name(), list(gemm_works())
+    same = job.earlier if job.earlier.get("gpu") == gpu else {}
+    rows = {row["key"]: row for row in same.get("rows", ()) if "tops" in row}
+    entries = dict(same.get("entries", {}))
+
+    def timed(work: LinearWork, levels: bool) -> Facts:
+        try:
+            best = tune.tune_linear(work, levels=levels, stop=lambda: job.left() < LAST_SECONDS)
+        except tune.Stopped:
+            return {}
+        config = best.config and best.config.to_json()
+        if not levels:
+            entries[work.key] = config
+            tables.save(arch, {work.key: best.config})
+        return {"ms": best.ms, "rule_ms": best.rule_ms, "config": config, "tops": work.operations / best.ms / 1e9}
+
+    facts = _gemm_facts(rows, arch, gpu, entries, len(works))
+    for work, levels in works:
+        key = work.key + (" weight levels" if levels else "")
+        if key in rows:
+            continue
+        row = attempt(lambda work=work, levels=levels: timed(work, levels))
+        if not row:
             break
-
-        def timed(work: LinearWork = work, levels: bool = levels) -> Facts:
-            best = tune.tune_linear(work, levels=levels)
-            config = best.config and best.config.to_json()
-            if not levels:
-                entries[work.key] = config
-                tables.save(arch, {work.key: best.config})
-            tops = work.operations / best.ms / 1e9
-            return {"ms": best.ms, "rule_ms": best.rule_ms, "config": config, "tops": tops}
-
-        rows.append({"key": work.key + (" weight levels" if levels else ""), **attempt(timed)})
-        top = max((r for r in rows if "tops" in r), key=lambda r: r["tops"], default=None)
-        summary = f"{len(rows)} linears, best {top['tops']:.0f} TOP/s ({top['key']})" if top else "none ran"
-        facts = {"rows": rows, "arch": arch, "entries": entries, "summary": summary}
-        job.save(facts)
+        rows[key] = {"key": key, **row}
+        job.save(facts := _gemm_facts(rows, arch, gpu, entries, len(works)))
     return facts
+
+
+def _gemm_facts(rows: dict[str, Facts], arch: str, gpu: str, entries: Facts, asked: int) -> Facts:
+    top = max((r for r in rows.values() if "tops" in r), key=lambda r: r["tops"], default=None)
+    best = f"best {top['tops']:.0f} TOP/s ({top['key']})" if top else "none ran"
+    facts: Facts = {"rows": list(rows.values()), "arch": arch, "gpu": gpu, "entries": entries}
+    left = asked - len(rows)
+    return {**facts, "left": left, "summary": f"{len(rows)} linears, {left} left, {best}"}
 
 
 def attention(job: Job) -> Facts:
@@ -155,18 +178,25 @@ def attention(job: Job) -> Facts:
 
 
 def tune_model(job: Job) -> Facts:
-    """Tune the linears of one model at one batch, for the user's table; a copy of it is written to the job's folder."""
+    """Tune the linears of one model at one batch, for the user's table; a copy of it is written to the job's folder.
+
+    Entries are those of all its linears, also of what an earlier call tuned: the next machine's table begins with them.
+    """
     name, batch = job.args[0], int(job.args[1])
-    arch, entries, done = tuning.gpu_architecture(), Facts(), 0
+    arch, entries = tuning.gpu_architecture(), Facts()
     works = model_works(name, batch)
-    facts = {"arch": arch, "entries": entries, "summary": f"0 shapes tuned for {arch}, {len(works)} left"}
-    for work, tuned in tune.tune_all(works, arch):
-        done += 1
-        if tuned is not None:
-            entries[work.key] = tuned.config and tuned.config.to_json()
-        tables.save(arch, tables.read(tables.user_table(arch)), job.folder / f"{arch}.json")
-        facts["summary"] = f"{len(entries)} shapes tuned for {arch}, {len(works) - done} left"
-        job.save(facts)
-        if job.left() < LAST_SECONDS:
-            break
-    return facts
+
+    def facts(left: int) -> Facts:
+        summary = f"{len(entries)} shapes tuned for {arch}, {left} left"
+        return {"arch": arch, "entries": entries, "left": left, "summary": summary}
+
+    try:
+        for work, _ in tune.tune_all(works, arch, stop=lambda: job.left() < LAST_SECONDS):
+            table = tables.read(tables.user_table(arch))
+            config = table[work.key]
+            entries[work.key] = config and config.to_json()
+            tables.save(arch, table, job.folder / f"{arch}.json")
+            job.save(facts(len(works) - len(entries)))
+    except tune.Stopped:
+        return facts(len(works) - len(entries))
+    return facts(0)  # what nothing runs of is not left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +25,13 @@ def main(
     name: str,
     result: Annotated[Path, typer.Option(help="File for the facts, rewritten as they come.")],
     tables: Annotated[Path, typer.Option(help="Folder for tuning tables.")],
-    seconds: Annotated[float, typer.Option(help="Time until this process is stopped.")] = 120.0,
+    until: Annotated[float, typer.Option(help="When this process is stopped, seconds since the epoch.")] = math.inf,
     weights: Annotated[Path | None, typer.Option(help="Of DeiT-Tiny.")] = None,
+    earlier: Annotated[Path | None, typer.Option(help="Facts of an earlier run, to go on from.")] = None,
 ) -> None:
     """Run one part and write its facts."""
     function, *args = name.split(":")
-    job = Job(tuple(args), tables, result, weights, seconds)
+    job = Job(tuple(args), tables, result, weights, until, json.loads(earlier.read_text()) if earlier else {})
     facts = FUNCTIONS[function](job)
     assert all(math.isfinite(v) for v in facts.values() if isinstance(v, float))
     job.save(facts)

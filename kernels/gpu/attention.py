@@ -83,9 +83,12 @@ def attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE_0: tl.constexpr, TILE_1: tl.constexpr, TILE_2: tl.constexpr, ON_CHIP: tl.constexpr,
 ):  # fmt: skip
-    """Rows BLOCK_M * pid_0 ... of head pid_1 (image-major); on chip, absent tiles are 0 wide."""
-    head_index = tl.program_id(1)
-    head = head_index % HEADS
+    """Rows BLOCK_M * pid_0 ... of head pid_1 of image pid_2; on chip, absent tiles are 0 wide.
+
+    An axis each, as two of a grid's three end at 65,535; a head's tiles follow each other, to share its k and v in L2.
+    """
+    head, image = tl.program_id(1), tl.program_id(2)
+    head_index = image * HEADS + head
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     start = head_index.to(tl.int64) * TOKENS * HEAD_DIM
@@ -131,7 +134,7 @@ def attention_kernel(
 
     y = acc.to(tl.float32) * (tl.load(v_scale_ptr + head) / (UNIT * total))[:, None]
     width: tl.constexpr = HEADS * HEAD_DIM
-    row_place = ((head_index // HEADS) * TOKENS + rows).to(tl.int64)
+    row_place = (image * TOKENS + rows).to(tl.int64)
     if FLOAT_OUT:
         place = row_place[:, None] * width + head * HEAD_DIM + d[None, :]
         tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=q_mask)

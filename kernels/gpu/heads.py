@@ -38,9 +38,13 @@ def heads_kernel(
     LOW: tl.constexpr, HIGH: tl.constexpr, V_LOW: tl.constexpr, V_HIGH: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PTX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Tokens BLOCK_M * pid_0 ... of head pid_1 (image-major); BLOCK_D is d rounded up to a power of two."""
+    """Tokens BLOCK_M * pid_0 ... of head pid_1 of image pid_2; BLOCK_D is d rounded up to a power of two.
+
+    An axis each, as two of a grid's three end at 65,535.
+    """
     width: tl.constexpr = HEADS * HEAD_DIM
-    image, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    head, image = tl.program_id(1), tl.program_id(2)
+    head_index = image * HEADS + head
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     inside = d < HEAD_DIM
@@ -57,7 +61,7 @@ def heads_kernel(
     k_step = tl.load(step_ptr + width + columns, mask=inside, other=0.0)[None, :]
     v_step = tl.load(step_ptr + 2 * width + columns, mask=inside, other=0.0)[None, :]
 
-    start = tl.program_id(1).to(tl.int64) * TOKENS * HEAD_DIM
+    start = head_index.to(tl.int64) * TOKENS * HEAD_DIM
     out_place = start + tokens[:, None] * HEAD_DIM + d[None, :]
     tl.store(q_ptr + out_place, codes_int8(q, q_step, 0.0, LOW, HIGH, PTX), mask=mask)
     tl.store(k_ptr + out_place, codes_int8(k, k_step, 0.0, LOW, HIGH, PTX), mask=mask)
@@ -69,5 +73,5 @@ def heads_kernel(
         transposed = tl.trans(v_codes.to(tl.float16)).to(tl.int8)  # [BLOCK_D, BLOCK_M]
     else:
         transposed = tl.trans(v_codes)
-    v_place = (tl.program_id(1).to(tl.int64) * HEAD_DIM + d)[:, None] * PADDED + tokens[None, :]
+    v_place = (head_index.to(tl.int64) * HEAD_DIM + d)[:, None] * PADDED + tokens[None, :]
     tl.store(v_ptr + v_place, transposed, mask=inside[:, None] & (tokens < PADDED)[None, :])

@@ -15,7 +15,7 @@ from lampq_rt.kernels.gpu import configs, start
 from lampq_rt.kernels.gpu import linear as linear_kernels
 from lampq_rt.kernels.gpu.attention import attention_kernel
 from lampq_rt.kernels.gpu.heads import heads_kernel
-from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel, quantize_kernel
+from lampq_rt.kernels.gpu.layernorm import quantize_kernel
 from lampq_rt.kernels.gpu.start import architecture as architecture
 
 
@@ -76,16 +76,8 @@ def layernorm_quantize(
 ) -> Tensor:
     """See `reference.layernorm_quantize`."""
     x = x.contiguous()
-    width = x.shape[-1]
-    rows = x.numel() // width
     out = _empty(x, tuple(x.shape), dtype)
-    block_m, block_d = configs.layernorm_blocks(width)
-    layernorm_quantize_kernel[(triton.cdiv(rows, block_m),)](
-        x, weight if weight is not None else x, bias if bias is not None else x, table, start.as_bytes(out),
-        rows, width, eps, inv_scale, float(zero_point),
-        weight is not None, bias is not None, *reference.code_range(bits), dtype == reference.INT4,
-        start.facts(x)[2], block_m, block_d, num_warps=4,
-    )  # fmt: skip
+    start.layernorm(x, out, weight, bias, eps, inv_scale, zero_point, reference.code_range(bits), table)
     return out
 
 
@@ -242,7 +234,7 @@ def heads_quantize(
     block_m, block_d = configs.heads_blocks(head_dim)
     padded = v.shape[-1]
     absent = out_inv_scale
-    heads_kernel[(triton.cdiv(padded, block_m), batch * heads)](
+    heads_kernel[(triton.cdiv(padded, block_m), heads, batch)](
         qkv, *(absent if t is None else t for t in (q_weight, q_bias, k_weight, k_bias)), out_inv_scale,
         q, k, v, tokens, padded, eps, norm, q_weight is not None, q_bias is not None,
         *reference.code_range(qk_bits), *reference.code_range(v_bits), heads, head_dim, start.facts(qkv)[2],
@@ -272,7 +264,7 @@ def attention(
     arch, _, ptx = start.facts(q)
     config = configs.attention_config(tokens, head_dim, arch, p_scheme)
     floating = out_bits == reference.FLOAT_BITS
-    attention_kernel[(triton.cdiv(tokens, config.block_m), batch * heads)](
+    attention_kernel[(triton.cdiv(tokens, config.block_m), heads, batch)](
         q, k, v, logit_scale, v_scale, table, start.as_bytes(out), tokens, v.shape[-1],
         out_inv_scale, float(out_zero_point), heads, head_dim, p_bits, unit, p_scheme,
         *(start.FULL if floating else reference.code_range(out_bits)),

@@ -42,6 +42,8 @@ class Compiled:
         byte_accesses: loads and stores of single bytes, global memory.
         byte_shared_loads, byte_shared_stores: the same in shared memory (AMD: LDS).
         load_bytes, store_bytes: widths of the global accesses, in bytes.
+        copy_bytes: those of `load_bytes` that go to shared memory by themselves: what the loop of a linear loads
+            (NVIDIA; AMD's loads all pass through registers).
         spills: local-memory (AMD: scratch) instructions.
         shared_bytes: shared memory of one program.
         registers: of one thread; on AMD vector and accumulator registers together.
@@ -59,6 +61,7 @@ class Compiled:
     byte_shared_stores: int
     load_bytes: tuple[int, ...]
     store_bytes: tuple[int, ...]
+    copy_bytes: tuple[int, ...]
     spills: int
     shared_bytes: int
     registers: int
@@ -95,6 +98,7 @@ def read_nvidia(arch: str, ptx: str, sass: str, shared_bytes: int) -> Compiled:
         byte_shared_stores=len(re.findall(byte.format("st", "shared"), ptx)),
         load_bytes=_ptx_widths("ld", ptx) + _copies(ptx),
         store_bytes=_ptx_widths("st", ptx),
+        copy_bytes=_copies(ptx),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         shared_bytes=shared_bytes,
         registers=max((int(r) for r in registers), default=0) + 1,
@@ -120,6 +124,7 @@ def read_amd(arch: str, text: str, shared_bytes: int) -> Compiled:
         byte_shared_stores=len(re.findall(r"\bds_(?:write|store)_b8", code)),
         load_bytes=_amd_widths("load", code),
         store_bytes=_amd_widths("store", code),
+        copy_bytes=(),
         spills=len(re.findall(r"^\s+scratch_", code, re.MULTILINE)),
         shared_bytes=shared_bytes,
         registers=int(registers[1]) if registers else 0,

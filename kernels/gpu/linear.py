@@ -50,6 +50,12 @@ def _tile_order(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def row_bytes(K, PACKED: tl.constexpr):
+    """Bytes of a row of codes. Packed, K is a multiple of 64; the compiler, untold, loads 8 bytes at a time."""
+    return tl.multiple_of(K // 2, 32) if PACKED else K
+
+
+@triton.jit
 def load_codes(ptr, offsets, mask, k, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
     """int8 codes [rows, BLOCK_K] of channels k ...; `offsets` [rows]: where a row starts, in bytes."""
     channels = k + tl.arange(0, BLOCK_K)
@@ -68,7 +74,7 @@ def load_halves(
     be 0: the other operand's zeros are what counts there.
     """
     slots = tl.arange(0, BLOCK_K // 2)  # bytes of a packed tile
-    full = mask[:, None] if EVEN_K else mask[:, None] & (k // 2 + slots < K // 2)[None, :]
+    full = mask[:, None] if EVEN_K else mask[:, None] & (k // 2 + slots < row_bytes(K, True))[None, :]
     if PACKED:
         packed = tl.load(ptr + offsets[:, None] + (k // 2 + slots)[None, :], mask=full, other=0)
         if LEVELS:
@@ -185,8 +191,8 @@ def linear_kernel(
 
     span = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
     first_k = tl.program_id(1) * span
-    a_rows = rows.to(tl.int64) * (K // 2 if A_PACKED else K)
-    b_rows = columns * (K // 2 if B_PACKED else K)
+    a_rows = rows.to(tl.int64) * row_bytes(K, A_PACKED)
+    b_rows = columns * row_bytes(K, B_PACKED)
     has_levels: tl.constexpr = levels_ptr is not None
     acc = _accumulate(
         a_ptr, b_ptr, levels_ptr, a_rows, row_mask, b_rows, column_mask, first_k, tl.minimum(first_k + span, K), K,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lampq_rt.kernels.gpu.linear import load_codes, load_halves
+from lampq_rt.kernels.gpu.linear import load_codes, load_halves, row_bytes
 from lampq_rt.kernels.gpu.numerics import codes_int8, levels, load_levels, pack_nibbles
 
 
@@ -22,7 +22,7 @@ def _add_products(
     PTX: tl.constexpr,
 ):  # fmt: skip
     """acc + a @ b^T for one tile of columns; `a_high` counts only where channels come in halves (SPLIT)."""
-    offsets = columns * (K // 2 if B_PACKED else K)
+    offsets = columns * row_bytes(K, B_PACKED)
     if SPLIT:
         b_low, b_high = load_halves(b_ptr, offsets, columns < D, k, K, words, B_PACKED, B_LEVELS, EVEN_K, BLOCK_K, PTX)
         acc = tl.dot(a_low, b_low.T, acc, out_dtype=tl.int32)
@@ -98,7 +98,7 @@ def linear_rows_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns_0 = tl.arange(0, TILE_0)
     columns_1 = TILE_0 + tl.arange(0, TILE_1 if TILE_1 > 0 else TILE_0)
-    offsets = rows.to(tl.int64) * (K // 2 if A_PACKED else K)
+    offsets = rows.to(tl.int64) * row_bytes(K, A_PACKED)
     acc_0 = tl.zeros((BLOCK_M, TILE_0), dtype=tl.int32)
     acc_1 = tl.zeros((BLOCK_M, TILE_1 if TILE_1 > 0 else 1), dtype=tl.int32)
     split: tl.constexpr = A_PACKED or B_PACKED

@@ -1,8 +1,10 @@
 """Zeroed memory for linears whose channels several programs share (split K): partial sums, and a counter a tile.
 
 A kernel leaves zeros behind, so the next launch on the same stream can use the same memory without clearing it: at
-batch 1 the clearing would be every third launch. A CUDA graph may run beside other streams' work, so it gets memory of
-its own, cleared once a replay.
+batch 1 the clearing would be every third launch. Memory is kept for the default stream alone. Who uses another may
+give it a memory pool of its own, which then must not hold what outlives the call (`torch.compile` with CUDA graphs
+warms up so, and checks): there every launch gets new zeros, at most about a megabyte. A CUDA graph may run beside other
+streams' work, so the runner's has memory of its own, cleared once a replay.
 """
 
 from __future__ import annotations
@@ -15,20 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_by_stream: dict[Any, Tensor] = {}
+_kept: dict[Any, Tensor] = {}
 _thread = threading.local()
 
 
 def split_scratch(x: Tensor, sums: int, tiles: int) -> tuple[Tensor, Tensor]:
     """int32 zeros [at least sums] and [at least tiles] on x's device, for a launch that leaves zeros behind."""
-    own: dict[Any, Tensor] | None = getattr(_thread, "own", None)
-    if own is None and x.is_cuda and torch.cuda.is_current_stream_capturing():
-        own = {}  # a capture that is not the runner's: nothing is known of what runs beside it
-    key: Any = threading.get_ident()
-    if x.is_cuda:
-        key = torch.cuda.current_stream(x.device).cuda_stream
-    pool = _by_stream if own is None else own
+    pool: dict[Any, Tensor] | None = getattr(_thread, "own", None)
+    if pool is None:
+        pool = _kept if _in_order(x) else {}
+    key = None if x.is_cuda else threading.get_ident()
     return _zeros(pool, ("sums", x.device, key), sums), _zeros(pool, ("tiles", x.device, key), tiles)
+
+
+def _in_order(x: Tensor) -> bool:
+    """True where launches on x's device wait for each other: on its default stream, and on a CPU."""
+    return not x.is_cuda or torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device)
 
 
 @contextmanager

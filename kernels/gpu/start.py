@@ -1,4 +1,4 @@
-"""What the launchers of `impl` share: the facts of a GPU, and the start of the kernels that multiply codes."""
+"""What the launchers of `impl` and the tuner share: the facts of a GPU, and starting kernels that write where told."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from lampq_rt.kernels import reference
 from lampq_rt.kernels.gpu import configs, tables
 from lampq_rt.kernels.gpu import linear as linear_kernels
+from lampq_rt.kernels.gpu.layernorm import layernorm_quantize_kernel
 from lampq_rt.kernels.gpu.rows import linear_rows_kernel
 from lampq_rt.kernels.gpu.scratch import split_scratch
 
@@ -153,4 +154,27 @@ def rows(
         bias is not None, norm_weight is not None, norm_bias is not None, *codes,
         a_packed, b_packed, out.dtype == torch.uint8, k % config.block_k == 0, ptx,
         config.block_m, *configs.row_tiles(width), config.block_k, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def layernorm(
+    x: Tensor,
+    out: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    inv_scale: float,
+    zero_point: int,
+    codes: tuple[int, int],
+    table: Tensor | None = None,
+) -> None:
+    """Start `layernorm_quantize_kernel`: `x` contiguous; `out` in its container."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    block_m, block_d = configs.layernorm_blocks(width)
+    layernorm_quantize_kernel[(triton.cdiv(rows, block_m),)](
+        x, weight if weight is not None else x, bias if bias is not None else x, table, as_bytes(out),
+        rows, width, eps, inv_scale, float(zero_point),
+        weight is not None, bias is not None, *codes, out.dtype == torch.uint8, facts(x)[2], block_m, block_d,
+        num_warps=4,
     )  # fmt: skip

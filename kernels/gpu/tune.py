@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,24 +16,24 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from lampq_rt.kernels import reference
-from lampq_rt.kernels.gpu import configs, impl, linear, start, tables
+from lampq_rt.kernels.gpu import configs, linear, start, tables
 from lampq_rt.kernels.gpu.work import LinearWork
 
 EPILOGUES = {"requant": linear.REQUANT, "float": linear.FLOAT, "residual": linear.RESIDUAL, "heads": linear.HEADS}
-SPLITS = (1, 2, 4, 8)
+SPLITS: tuple[int, ...] = (1, 2, 4, 8)
 
 logger = logging.getLogger(__name__)
 
 
 def candidates(
-    m: int, n: int, k: int, arch: str, processors: int, a_bits: int, w_bits: int
+    m: int, n: int, k: int, arch: str, processors: int, a_bits: int, w_bits: int, splits: Sequence[int] = SPLITS
 ) -> Iterator[configs.LinearConfig]:
-    """Feasible tiles; K split only where the tiles alone leave processors idle."""
+    """Feasible tiles; K split, into one of `splits`, only where the tiles alone leave processors idle."""
     for config in configs.LINEAR_CANDIDATES:
         if not configs.feasible(config, arch, a_bits, w_bits):
             continue
         tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-        for split in SPLITS:
+        for split in splits:
             if split == 1 or (tiles * split <= 2 * processors and k // split >= 2 * config.block_k):
                 yield replace(config, split_k=split)
 
@@ -54,19 +54,31 @@ class Tuned:
     rule_ms: float | None
 
 
-def tune_linear(work: LinearWork, device: str = "cuda", *, levels: bool = False) -> Tuned:
+def _never() -> bool:
+    return False
+
+
+def tune_linear(
+    work: LinearWork, device: str = "cuda", *, levels: bool = False, stop: Callable[[], bool] = _never
+) -> Tuned:
     """Time every candidate on random data (zeros would draw less power).
 
     Args:
         work: the launch.
         device: "cuda"; "cpu" in Triton's interpreter.
         levels: codes of the packed weight name levels. The key is the same: tables are tuned without.
+        stop: asked before each candidate, of which one may have to be compiled first, whether to give up.
 
     Raises:
         NothingRuns: no candidate runs on this GPU.
+        Stopped: `stop` said so; what was timed until then names no winner.
     """
     case, weight_levels = _case(work, device), _levels(device) if levels else None
-    found = {config: _timed(launch) for config, launch in starts(work, case, weight_levels)}
+    found: dict[configs.LinearConfig | None, float | None] = {}
+    for config, launch in starts(work, case, weight_levels):
+        if stop():
+            raise Stopped(work.key)
+        found[config] = _timed(launch)
     times = {config: ms for config, ms in found.items() if ms is not None}
     if not times:
         raise NothingRuns(f"no configuration of {work.key} runs on {start.facts(case['x_q'])[0]}")
@@ -76,6 +88,10 @@ def tune_linear(work: LinearWork, device: str = "cuda", *, levels: bool = False)
 
 class NothingRuns(RuntimeError):
     """No candidate for a launch runs on this GPU."""
+
+
+class Stopped(Exception):
+    """Tuning was given up before it was done."""
 
 
 def starts(
@@ -90,14 +106,18 @@ def starts(
     """
     case = _case(work, "meta") if case is None else case
     linear_args = (case["x_q"], case["w_q"], case["scale"], case["column"], case["bias"])
+    shape, bits = (work.m, work.n, work.k), (work.a_bits, work.w_bits)
     arch, processors, _ = start.facts(case["x_q"])
     if work.epilogue == "rows":
         norm = (None, None, 1e-6, 20.0, 0)
         codes = case["out"].new_empty((work.m, work.n), dtype=torch.int8)
+        tuned = tables.linear(arch, replace(work, epilogue="residual").key)
+        apart = tuned or configs.linear_config(*shape, processors, arch, *bits)
 
+        # Neither way looks into a table or allocates: the time of a small launch is that of the host.
         def two() -> None:
-            impl.linear_residual(case["out"], *linear_args, levels)
-            impl.layernorm_quantize(case["out"], *norm, 8, torch.int8)
+            start.linear(linear.RESIDUAL, *linear_args, case["out"], config=apart, levels=levels)
+            start.layernorm(case["out"], codes, *norm, reference.code_range(8))
 
         def one(config: configs.LinearConfig) -> None:
             start.rows(config, case["out"], *linear_args, codes, *norm, reference.code_range(8), None, levels)
@@ -108,13 +128,14 @@ def starts(
                 yield config, partial(one, config)
         return
     options = {**_options(work, case), "levels": levels}
-    shape, bits = (work.m, work.n, work.k), (work.a_bits, work.w_bits)
 
     def tile(config: configs.LinearConfig) -> None:
         start.linear(EPILOGUES[work.epilogue], *linear_args, case["out"], config=config, **options)
 
-    rule = configs.linear_config(*shape, processors, arch, *bits)
-    for config in dict.fromkeys((rule, *candidates(*shape, arch, processors, *bits))):
+    rule, splits = configs.linear_config(*shape, processors, arch, *bits), SPLITS
+    if work.epilogue == "heads":  # `start.linear` splits no K there: others would be the same kernel again
+        rule, splits = replace(rule, split_k=1), SPLITS[:1]
+    for config in dict.fromkeys((rule, *candidates(*shape, arch, processors, *bits, splits))):
         yield config, partial(tile, config)
 
 
@@ -135,7 +156,12 @@ def _time(launch: Callable[[], None]) -> float:
 
 
 def tune_all(
-    works: Iterable[LinearWork], arch: str, table: Path | None = None, *, again: bool = False
+    works: Iterable[LinearWork],
+    arch: str,
+    table: Path | None = None,
+    *,
+    again: bool = False,
+    stop: Callable[[], bool] = _never,
 ) -> Iterator[tuple[LinearWork, Tuned | None]]:
     """Tune the launches that `table` lacks, and write it after each one: a run that is stopped goes on where it was.
 
@@ -144,9 +170,13 @@ def tune_all(
         arch: architecture of the present GPU, as in "sm90".
         table: file to write to, by default the user's own, which every model on this machine then runs with.
         again: tune what the table has, too.
+        stop: as for `tune_linear`.
 
     Yields:
         Every launch with what was found, None where the table had it already; not those of which nothing runs.
+
+    Raises:
+        Stopped: `stop` said so; what was yielded is in the table.
     """
     known = set() if again else set(tables.read(table or tables.user_table(arch)))
     seen: set[str] = set()
@@ -158,7 +188,7 @@ def tune_all(
             yield work, None
             continue
         try:
-            found = tune_linear(work)
+            found = tune_linear(work, stop=stop)
         except NothingRuns as error:
             logger.warning("%s; the rule of thumb stays", error)
             continue
