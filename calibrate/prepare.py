@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lampq_rt.adapters import describe
-from lampq_rt.calibrate.compensate import compensate
-from lampq_rt.calibrate.distributed import SINGLE
+from lampq_rt.calibrate.contest import best_compensated
 from lampq_rt.calibrate.evidence import Measurements
-from lampq_rt.calibrate.judge import Judge
 from lampq_rt.calibrate.progress import Report
 from lampq_rt.calibrate.recipes import Preparation, Recipe
 from lampq_rt.calibrate.reconstruct import reconstruct
 from lampq_rt.calibrate.relu import to_relu
-from lampq_rt.calibrate.spill import Shelf
 from lampq_rt.calibrate.transforms import TRANSFORMS, Context
 from lampq_rt.edits import differences, edited
 from lampq_rt.memory import trim
@@ -98,11 +93,6 @@ class Material:
     resume: Path | None = None
 
 
-CLEARLY = 0.8
-"""Steps by channel must bring the divergence on the calibration images below this share of that with one step: they fit
-those images better than others. At 8 bits, in KL on 872 others: DeiT-Tiny 0.0127 with, 0.0049 without, where the
-calibration images see no difference; ViT-Tiny 0.0124 with, 0.0164 without, where they see two thirds."""
-
 NO_MORE = Material()
 """Nothing beside the calibration images."""
 
@@ -133,7 +123,7 @@ def finished(
     """
     found, biases, chosen, model = dict(candidates[0]), dict[str, Tensor](), 0, ready.model
     if recipe.compensate:
-        found, biases, chosen = _best_compensated(measurements, model, candidates, recipe.search)
+        found, biases, chosen = best_compensated(measurements, model, candidates, recipe.search)
     elif model is not original:
         found = {name: _with_codes(measurements, name, params) for name, params in found.items()}
     integer = frozenset(f"{name}.weight" for name, params in found.items() if not params.is_float)
@@ -176,107 +166,6 @@ def _reconstructed(
         teacher=ready.teacher,
     )
     return {name: learned.get(name, params) for name, params in sites.items()}, parameters
-
-
-def _best_compensated(
-    measurements: Measurements, model: nn.Module, candidates: Sequence[Mapping[str, SiteParams]], search: str
-) -> tuple[dict[str, SiteParams], dict[str, Tensor], int]:
-    """Sites, biases and number of the candidate that diverges least once it is compensated, with that range search.
-
-    Where inputs of fc2 have steps by channel, one step is tried, too, and kept unless it is clearly worse. Options are
-    dealt out to the processes; each is worked on with all images, so that the outcome is that of one process.
-    """
-    m, shard = measurements, measurements.shard
-    options = [option for number, sites in enumerate(candidates) for option in _options(number, sites)]
-    # What all processes measure together comes before each goes its own way.
-    contest = _Contest(m, model, search, m.prefix_shares, replace(m.plan_judge, images=m.every_image, shard=SINGLE))
-    own = [(place, options[place]) for place in range(shard.rank, len(options), shard.world)]
-    best = shard.together(lambda: contest.best(own, alone=len(options) == 1))
-    scores = shard.objects((best.divergence, best.place))
-    winner = min(range(len(scores)), key=scores.__getitem__)
-    found, biases = shard.objects(best.result() if shard.rank == winner else ({}, {}))[winner]
-    chosen = options[scores[winner][1]].candidate
-    return {name: found[name] for name in candidates[chosen]}, biases, chosen
-
-
-class _Best:
-    """The option that diverges least of those seen so far; its codes wait on disk."""
-
-    def __init__(self) -> None:
-        self.divergence, self.place = math.inf, sys.maxsize
-        self._sites, self._names, self._biases = Shelf(), list[str](), dict[str, Tensor]()
-
-    def see(self, divergence: float, place: int, found: Mapping[str, SiteParams], biases: dict[str, Tensor]) -> None:
-        """Keep it if it is better, or the first."""
-        if not self._names or divergence < self.divergence:
-            self.divergence, self.place, self._names, self._biases = divergence, place, list(found), biases
-            for name, params in found.items():
-                self._sites.put(name, params)
-
-    def result(self) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
-        """Its sites, and its biases."""
-        return {name: self._sites.get(name) for name in self._names}, self._biases
-
-
-@dataclass(frozen=True)
-class _Contest:
-    """What options are compensated and compared with; `judge` sees all images."""
-
-    measurements: Measurements
-    model: nn.Module
-    search: str
-    prefix_shares: Mapping[str, float]
-    judge: Judge
-
-    def best(self, options: Sequence[tuple[int, _Option]], alone: bool) -> _Best:
-        """The best of these options with their places among all; one that is alone needs no comparison."""
-        m, best = self.measurements, _Best()
-        device = next(m.simulation.parameters()).device
-        for number, (place, option) in enumerate(options):
-
-            def report(done: int, sites: int, before: int = number) -> None:
-                m.report("compensating errors", before * sites + done, len(options) * sites)
-
-            m.simulation.reset()
-            quantised = Simulation(self.model).float().to(device)
-            found, biases = compensate(
-                m.simulation,
-                quantised,
-                m.every_image.to(device),
-                option.sites,
-                prefix_shares=self.prefix_shares,
-                search=self.search,
-                seed=m.seed,
-                progress=report,
-            )
-            divergence = 0.0 if alone else self.judge(quantised).divergence * option.handicap
-            best.see(divergence if math.isfinite(divergence) else math.inf, place, found, biases)
-            del found, quantised
-        return best
-
-
-@dataclass(frozen=True)
-class _Option:
-    """A candidate, by number, with the formats to compensate it in, and what its divergence is multiplied with."""
-
-    candidate: int
-    sites: Mapping[str, SiteParams]
-    handicap: float = 1.0
-
-
-def _options(candidate: int, sites: Mapping[str, SiteParams]) -> list[_Option]:
-    """With one step for the whole input everywhere, and as it is where that has steps by channel."""
-    by_tensor = {name: _by_tensor(params) for name, params in sites.items()}
-    by_channel = any(by_tensor[name] is not sites[name] for name in sites)
-    return [_Option(candidate, by_tensor), *([_Option(candidate, sites, 1.0 / CLEARLY)] if by_channel else [])]
-
-
-def _by_tensor(params: SiteParams) -> SiteParams:
-    """The same formats with one step for the whole input; its steps are to be searched anew."""
-    fmt = params.formats.get("input")
-    if fmt is None or fmt.granularity != "channel":
-        return params
-    return replace(params, formats={**params.formats, "input": replace(fmt, granularity="tensor")}, tensors={})
 
 
 def _with_codes(measurements: Measurements, name: str, params: SiteParams) -> SiteParams:
