@@ -45,7 +45,8 @@ def data(tmp_path_factory):
 
 def arguments(data, out, *more):
     given = ("frontier", MODEL, "--weights", data / "w.safetensors", "--images", data / "calib", "--eval-images")
-    return (*given, data / "eval", "--calib-images", 4, "--limit", 5, "--out", out, *more)
+    cheap = ("--recipes", "uniform,lampq", "--calib-images", 4, "--limit", 5)
+    return (*given, data / "eval", *cheap, "--out", out, *more)
 
 
 @pytest.fixture(scope="module")
