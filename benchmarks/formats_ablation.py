@@ -56,10 +56,11 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with weights/ and calib1000/.")],
     out: Annotated[Path | None, typer.Option(help="Markdown file with the two markers.")] = None,
     bits: Annotated[int, typer.Option(help="Of weights and activations.")] = 4,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what has been measured.")] = False,
 ) -> None:
     """Measure every row on both models and write the table."""
     recipes = list(rows())
-    found = trials(data, recipes, bits)
+    found = trials(data, recipes, bits, again=again)
     if out is not None:
         put_between(out, "formats", table([label for label, _ in recipes], found, bits))
 
