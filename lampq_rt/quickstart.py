@@ -44,8 +44,8 @@ LATENCY_ROUNDS = 5
 LATENCY_SECONDS = 15.0
 """Per batch size, once everything is compiled."""
 
-BUSY_SECONDS = 25.0
-"""A machine that needs longer for the digits (an idle one with 2 cores: 8 to 10) would compile for minutes."""
+BUSY_SECONDS = 45.0
+"""A machine that needs longer for the digits would compile for minutes (2 cores at half of their usual speed: 51)."""
 
 NEXT_STEPS = """
 [bold]For your own model[/bold] (any timm Vision Transformer; weights as safetensors, a folder of images):
