@@ -1,8 +1,6 @@
 """The commands, end to end on timm's smallest ViT with random weights, and every mistake as one line."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,34 +9,14 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from lampq_rt import Plan, models, quickstart
+from lampq_rt import Plan, models
 from lampq_rt.calibrate import RECIPES, reconstruct
 from lampq_rt.calibrate.reconstruct import Schedule
-from lampq_rt.cli import main
 from lampq_rt.errors import ModelError
+from tests.commands import fail, run, succeed
 
 MODEL = "test_vit"
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
-
-
-def succeed(*arguments):
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def fail(*arguments):
-    """The one line on standard error of a command that must end with status 2."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in result.output
-    return lines[0]
 
 
 class Bench:
@@ -230,42 +208,10 @@ def test_quickstart_without_latency(tmp_path):
     assert by_recipe[3, "lampq+"]["disk_bytes"] < 0.2 * facts["fp32_bytes"]
 
 
-COMMANDS = ("quickstart", "calibrate", "compile", "eval", "bench", "frontier", "tune", "profile", "inspect")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_examples(command):
-    output = succeed(command, "--help").output
-    assert "Examples:" in output and f"lampq {command}" in output
-
-
-def test_the_command_itself():
-    code = [sys.executable, "-m", "lampq_rt.cli"]
-    root = Path(__file__).resolve().parents[1]
-    version = subprocess.run([*code, "--version"], capture_output=True, text=True, cwd=root, check=True)
-    assert version.stdout.startswith("lampq_rt ")
-    wrong = subprocess.run([*code, "inspect", "nowhere.plan"], capture_output=True, text=True, cwd=root, check=False)
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("error: ")
-
-
 def calibrate_arguments(bench, **changes):
     options = {"weights": bench.weights, "images": bench.images, "mean-bits": 4, "recipe": "uniform",
                "out": bench.root / "never.plan", **changes}  # fmt: skip
     return ["calibrate", MODEL, *(part for key, value in options.items() for part in (f"--{key}", value))]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("calibrat",), "No such command 'calibrat'. Did you mean 'calibrate'?; what is allowed: "),
-        (("bench", MODEL, "--bathc", "1"), "No such option: --bathc (Possible options: --batch, "),
-        (("--loud",), "No such option: --loud; what is allowed: "),
-        (("inspect",), "Missing argument"),
-    ],
-)
-def test_a_slip_of_the_keyboard_is_one_line_too(arguments, said):
-    line = fail(*arguments)
-    assert said in line and line.endswith(" --help") and "╭" not in run(*arguments).stderr
 
 
 def test_wrong_images(bench, tmp_path):
@@ -317,19 +263,6 @@ def test_what_is_wrong_with_a_device_or_target_is_said_before_images_are_read(be
     monkeypatch.setattr("lampq_rt.images.load_images", None)
     assert "no CUDA GPU" in fail(*calibrate_arguments(bench, device="cuda"))
     assert "unknown target 'gpu'; allowed: any, cpu, cuda" in fail(*calibrate_arguments(bench, target="gpu"))
-
-
-def words(output):
-    """A help text without its frame."""
-    return " ".join(output.replace("│", " ").split())
-
-
-def test_help_says_what_is_so():
-    bench_help = words(succeed("bench", "--help").output)
-    assert "random ones" in bench_help and "peers (these three)" in bench_help and "8 by default" in bench_help
-    calibrate_help = words(succeed("calibrate", "--help").output)
-    assert "--mean-bits 4 --recipe fast" in calibrate_help and "a fifth of the time of lampq+" in calibrate_help
-    assert "--mean-bits 4 --recipe fast" in quickstart.NEXT_STEPS
 
 
 def test_plan_for_other_weights(bench, tmp_path):
@@ -398,16 +331,3 @@ def test_pretrained_weights_without_network(monkeypatch):
     monkeypatch.setattr(models, "_hub_in_reach", lambda: False)
     with pytest.raises(ModelError, match="no network to fetch timm's weights for test_vit; give a file with --weights"):
         models.load_model(MODEL)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["bench", MODEL, "--threads", "many"], "Invalid value for '--threads': "),
-        (["calibrate", MODEL, "--images", "x", "--out", "y", "--seed", "-1"], "Invalid value for '--seed': "),
-        (["compile", MODEL, "--out", "x.lampq"], "Missing option '--plan'"),
-    ],
-)
-def test_a_value_that_an_option_does_not_take_is_one_line(arguments, line):
-    result = run(*arguments)
-    assert result.exit_code == 2 and result.stderr.startswith(f"error: {line}") and result.stderr.count("\n") == 1

@@ -7,7 +7,8 @@ import pytest
 
 from lampq_rt import files
 from lampq_rt.errors import DataError
-from tests.test_cli import MODEL, fail
+from tests.commands import fail
+from tests.test_cli import MODEL
 
 PROC = Path("/proc/lampq")
 """In a folder where not even root can make a file."""
