@@ -33,17 +33,12 @@ def check_processes(recipe: Recipe, processes: int) -> None:
     Raises:
         DataError: a part of the recipe sees all images at once.
     """
-    if processes > 1 and (needs := _whole_sets(recipe)):
-        allowed = ", ".join(name for name in RECIPES.names() if not _whole_sets(RECIPES.get(name)))
+    if processes > 1 and recipe.free:
+        allowed = ", ".join(name for name in RECIPES.names() if not RECIPES.get(name).free)
         raise DataError(
-            f"recipe {recipe.name} needs all images in one process ({', '.join(needs)}); {processes} processes came; "
+            f"recipe {recipe.name} needs all images in one process (free widths); {processes} processes came; "
             f"allowed in several: {allowed}"
         )
-
-
-def _whole_sets(recipe: Recipe) -> list[str]:
-    """What of the recipe sees all images at once, in the process that has them."""
-    return ["free widths"] if recipe.free else []
 
 
 @torch.no_grad()

@@ -205,10 +205,14 @@ class Calibration:
     def _plan(self, budget: Budget, chosen: Recipe) -> Plan:
         limits = self.problems.limits(implied(budget) if chosen.free else budget)
         nominal = self.problems.nominal_bits(chosen.allocator, self._variables(bool(chosen.free)), limits)
-        proposals = self._proposals(chosen, limits, nominal)
+        settled = self._all_at_most(limits, nominal)  # then minutes of measuring could not find better
+        if settled:
+            proposals = [self._propose(chosen, "uniform", limits, nominal, None)]
+        else:
+            proposals = self._proposals(chosen, limits, nominal)
         proposal = self._best(chosen, proposals)
         formats, refined = proposal.formats, None
-        if chosen.refine and proposal.allocation.bits:
+        if chosen.refine and proposal.allocation.bits and not settled:
             bits, refined = self._refine(chosen, nominal, proposal)
             formats = self.problems.formats(self._variables(False), bits, nominal)
         final = [proposal]
@@ -244,8 +248,6 @@ class Calibration:
 
     def _proposals(self, recipe: Recipe, limits: Mapping[str, float], nominal: int) -> list[Proposal]:
         """The allocator's answers to the recipe's penalties, and the same bits everywhere where it asks for that."""
-        if self._all_at_most(limits, nominal):  # minutes of measuring could not find better
-            return [self._propose(recipe, "uniform", limits, nominal, None)]
         found = [self._propose(recipe, recipe.allocator, limits, nominal, p, free=True) for p in recipe.free]
         tied = [(recipe.allocator, penalty) for penalty in recipe.penalties or (None,)]
         for allocator, penalty in tied + ([("uniform", None)] if recipe.baseline else []):

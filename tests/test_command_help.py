@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lampq_rt import quickstart
-from tests.commands import fail, run, succeed
+from tests.commands import run, succeed
 
 MODEL = "test_vit"
 
@@ -36,11 +36,15 @@ def test_the_command_itself():
         (("bench", MODEL, "--bathc", "1"), "No such option: --bathc (Possible options: --batch, "),
         (("--loud",), "No such option: --loud; what is allowed: "),
         (("inspect",), "Missing argument"),
+        (("compile", MODEL, "--out", "x.lampq"), "Missing option '--plan'; what is allowed: "),
+        (("bench", MODEL, "--threads", "many"), "Invalid value for '--threads': "),
+        (("calibrate", MODEL, "--images", "x", "--out", "y", "--seed", "-1"), "Invalid value for '--seed': "),
     ],
 )
-def test_a_slip_of_the_keyboard_is_one_line_too(arguments, said):
-    line = fail(*arguments)
-    assert said in line and line.endswith(" --help") and "╭" not in run(*arguments).stderr
+def test_a_slip_of_the_keyboard_is_one_line_that_names_the_help(arguments, said):
+    result = run(*arguments)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {said}") and result.stderr.endswith(" --help\n")
 
 
 def words(output):
@@ -54,16 +58,3 @@ def test_help_says_what_is_so():
     calibrate_help = words(succeed("calibrate", "--help").output)
     assert "--mean-bits 4 --recipe fast" in calibrate_help and "a fifth of the time of lampq+" in calibrate_help
     assert "--mean-bits 4 --recipe fast" in quickstart.NEXT_STEPS
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["bench", MODEL, "--threads", "many"], "Invalid value for '--threads': "),
-        (["calibrate", MODEL, "--images", "x", "--out", "y", "--seed", "-1"], "Invalid value for '--seed': "),
-        (["compile", MODEL, "--out", "x.lampq"], "Missing option '--plan'"),
-    ],
-)
-def test_a_value_that_an_option_does_not_take_is_one_line(arguments, line):
-    result = run(*arguments)
-    assert result.exit_code == 2 and result.stderr.startswith(f"error: {line}") and result.stderr.count("\n") == 1

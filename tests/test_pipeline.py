@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from lampq_rt import Plan
+from lampq_rt import Plan, quickstart
 from lampq_rt.calibrate import RECIPES, Budget, Calibration, calibrate, make_plan
 from lampq_rt.calibrate.judge import Judge
 from lampq_rt.calibrate.metrics import PENALTIES
@@ -203,16 +203,20 @@ def test_variants_of_the_architecture(kwargs: dict[str, Any], images: Tensor) ->
     check_plan(model, plan)
 
 
-def test_nothing_is_measured_for_a_choice_that_the_budget_leaves_no_room_for(images: Tensor) -> None:
-    model, stages = build(depth=1), set[str]()
-    plan = make_plan(model, images, budget=Budget(mean_bits=8), progress=lambda stage, done, total: stages.add(stage))
-    assert {site.bits for site in plan.sites.values()} == {8} and "Fisher information" not in stages
-    assert plan.digest == make_plan(model, images, budget=Budget(mean_bits=8), recipe="fast").digest
+@pytest.mark.parametrize(("recipe", "same_as"), [(DEFAULT_RECIPE, "fast"), ("lampq", "uniform")])
+def test_nothing_is_measured_for_a_choice_that_a_budget_does_not_limit(
+    images: Tensor, recipe: str, same_as: str
+) -> None:
+    model, stages, budget = build(depth=1), set[str](), Budget(mean_bits=8)
+    plan = make_plan(model, images, budget=budget, recipe=recipe, progress=lambda stage, *_: stages.add(stage))
+    assert {site.bits for site in plan.sites.values()} == {8}
+    assert stages.isdisjoint({"Fisher information", "iterative update"})
+    assert plan.digest == make_plan(model, images, budget=budget, recipe=same_as).digest
 
 
 def test_commands_and_functions_have_the_same_default_recipe() -> None:
     defaults = [inspect.signature(f).parameters["recipe"].default for f in (make_plan, Calibration.plan, command)]
-    assert defaults == [DEFAULT_RECIPE] * 3
+    assert [*defaults, quickstart.OURS] == [DEFAULT_RECIPE] * 4
 
 
 def test_labels_names_and_progress_are_used(model: VisionTransformer, images: Tensor) -> None:
