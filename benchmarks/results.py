@@ -33,7 +33,10 @@ from lampq_rt.evaluate import kl_divergence
 
 ROWS = Path(__file__).parent / "results" / "accuracy.jsonl"
 MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224")
-RECIPES_SHOWN = "lampq,lampq-paper,repq,adalog,lampq-adalog,fast,lampq+,lampq+a,lampq+w,lampq+f,lampq+rec,lampq+relu"
+RECIPES_SHOWN = ",".join(
+    ("lampq", "lampq-paper", "repq", "adalog", "lampq-adalog")
+    + ("fast", "fast+w", "lampq+", "lampq+a", "lampq+w", "lampq+f", "lampq+rec", "lampq+relu")
+)
 UNIFORM_WIDTHS = (8, 6, 5, 4, 3)
 MIXED_WIDTHS = (6, 5, 4, 3)
 TRAINED_WIDTHS = (4, 3)

@@ -1,12 +1,13 @@
-"""What a calibration refuses before it measures: devices, processes, images and labels that do not fit."""
+"""What a calibration refuses before it measures: devices, budgets, processes and images that do not fit."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lampq_rt.calibrate.costs import Budget
 from lampq_rt.calibrate.recipes import RECIPES, Recipe
-from lampq_rt.errors import BackendError, DataError
+from lampq_rt.errors import BackendError, BudgetError, DataError
 from lampq_rt.simulate import Simulation
 
 
@@ -27,12 +28,20 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def check_processes(recipe: Recipe, processes: int) -> None:
-    """Pass where the recipe's images may be spread over that many processes.
+def check_recipe(recipe: Recipe, budget: Budget, processes: int) -> None:
+    """Pass where the recipe can keep such a budget, and its images may be spread over that many processes.
 
     Raises:
+        BudgetError: a limit of activations below the width that the recipe gives all of them.
         DataError: a part of the recipe sees all images at once.
     """
+    unit, width = "mean_activation_bits", recipe.preparation.activations
+    if width and unit in budget and (limit := budget.resolve(unit, full=32.0)) < width:
+        allowed = ", ".join(name for name in RECIPES if not RECIPES.get(name).preparation.activations)
+        raise BudgetError(
+            f"{unit} = {limit:g} cannot be met by recipe {recipe.name}, whose activations have {width} bits; "
+            f"recipes that can: {allowed}"
+        )
     if processes > 1 and recipe.free:
         allowed = ", ".join(name for name in RECIPES.names() if not RECIPES.get(name).free)
         raise DataError(

@@ -28,21 +28,49 @@ def best_compensated(
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor], int]:
     """Sites, biases and number of the candidate that diverges least once it is compensated, with that range search.
 
-    Where inputs of fc2 have steps by channel, one step is tried, too, and kept unless it is clearly worse. Options are
-    dealt out to the processes; each is worked on with all images, so that the outcome is that of one process.
+    Candidates are compared with one step for every input of fc2. Steps by channel, where there are any, are tried for
+    the best one alone, and kept if they are clearly better. Options are dealt out to the processes; each is worked on
+    with all images, so that the outcome is that of one process.
     """
-    m, shard = measurements, measurements.shard
-    options = [option for number, sites in enumerate(candidates) for option in _options(number, sites)]
+    m = measurements
+    options = [_Option(n, {name: _by_tensor(p) for name, p in sites.items()}) for n, sites in enumerate(candidates)]
+    by_channel = {
+        option.candidate: _Option(option.candidate, candidates[option.candidate], 1.0 / CLEARLY)
+        for option in options
+        if any(option.sites[name] is not params for name, params in candidates[option.candidate].items())
+    }
     # What all processes measure together comes before each goes its own way. One option alone needs no judge.
-    judge = replace(m.plan_judge, images=m.every_image, shard=SINGLE) if len(options) > 1 else None
+    judged = len(options) > 1 or by_channel
+    judge = replace(m.plan_judge, images=m.every_image, shard=SINGLE) if judged else None
     contest = _Contest(m, model, search, m.prefix_shares, judge)
-    own = [(place, options[place]) for place in range(shard.rank, len(options), shard.world)]
-    best = shard.together(lambda: contest.best(own))
-    scores = shard.objects((best.divergence, best.place))
-    winner = min(range(len(scores)), key=scores.__getitem__)
-    found, biases = shard.objects(best.result() if shard.rank == winner else ({}, {}))[winner]
-    chosen = options[scores[winner][1]].candidate
+    if len(candidates) == 1:  # the best one is known: both at once
+        options += by_channel.values()
+    winner = contest.winner("compensating errors", options)
+    if len(candidates) > 1 and winner.option.candidate in by_channel:
+        other = contest.winner("trying steps by channel", [by_channel[winner.option.candidate]])
+        winner = min(winner, other, key=lambda found: found.divergence)
+    found, biases = m.shard.objects(winner.own.result() if m.shard.rank == winner.rank else ({}, {}))[winner.rank]
+    chosen = winner.option.candidate
     return {name: found[name] for name in candidates[chosen]}, biases, chosen
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A candidate, by number, with the formats to compensate it in, and what its divergence is multiplied with."""
+
+    candidate: int
+    sites: Mapping[str, SiteParams]
+    handicap: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Winner:
+    """The best of some options, the process that has it, and what this process has: the same or a worse one."""
+
+    divergence: float
+    option: _Option
+    rank: int
+    own: _Best
 
 
 class _Best:
@@ -74,14 +102,24 @@ class _Contest:
     prefix_shares: Mapping[str, float]
     judge: Judge | None
 
-    def best(self, options: Sequence[tuple[int, _Option]]) -> _Best:
-        """The best of these options, which come with their places among all."""
+    def winner(self, what: str, options: Sequence[_Option]) -> _Winner:
+        """The best of these options, dealt out to the processes; `what` is done, for progress."""
+        shard = self.measurements.shard
+        own = [(place, options[place]) for place in range(shard.rank, len(options), shard.world)]
+        best = shard.together(lambda: self._best(what, own))
+        scores = shard.objects((best.divergence, best.place))
+        rank = min(range(len(scores)), key=scores.__getitem__)
+        divergence, place = scores[rank]
+        return _Winner(divergence, options[place], rank, best)
+
+    def _best(self, what: str, options: Sequence[tuple[int, _Option]]) -> _Best:
+        """The best of this process's options, which come with their places among all."""
         m, best = self.measurements, _Best()
         device = next(m.simulation.parameters()).device
         for number, (place, option) in enumerate(options):
 
             def report(done: int, sites: int, before: int = number) -> None:
-                m.report("compensating errors", before * sites + done, len(options) * sites)
+                m.report(what, before * sites + done, len(options) * sites)
 
             m.simulation.reset()
             quantised = Simulation(self.model).float().to(device)
@@ -99,22 +137,6 @@ class _Contest:
             best.see(divergence if math.isfinite(divergence) else math.inf, place, found, biases)
             del found, quantised
         return best
-
-
-@dataclass(frozen=True)
-class _Option:
-    """A candidate, by number, with the formats to compensate it in, and what its divergence is multiplied with."""
-
-    candidate: int
-    sites: Mapping[str, SiteParams]
-    handicap: float = 1.0
-
-
-def _options(candidate: int, sites: Mapping[str, SiteParams]) -> list[_Option]:
-    """With one step for the whole input everywhere, and as it is where that has steps by channel."""
-    by_tensor = {name: _by_tensor(params) for name, params in sites.items()}
-    by_channel = any(by_tensor[name] is not sites[name] for name in sites)
-    return [_Option(candidate, by_tensor), *([_Option(candidate, sites, 1.0 / CLEARLY)] if by_channel else [])]
 
 
 def _by_tensor(params: SiteParams) -> SiteParams:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lampq_rt.backends import Formats
 from lampq_rt.calibrate import variables
 from lampq_rt.calibrate.allocate import ALLOCATORS
-from lampq_rt.calibrate.checks import check_images, check_processes, resolve_device
+from lampq_rt.calibrate.checks import check_images, check_recipe, resolve_device
 from lampq_rt.calibrate.costs import Budget
 from lampq_rt.calibrate.costs.timed import TimedCosts
 from lampq_rt.calibrate.distributed import SINGLE, Shard
@@ -94,7 +94,7 @@ def make_plan(
         TableError: a budget of latency, and no table that has what it needs.
         UnknownNameError: unknown recipe.
     """
-    check_processes(RECIPES.get(recipe), shard.world)  # before the minutes that measuring takes
+    check_recipe(RECIPES.get(recipe), budget, shard.world)  # before the minutes that measuring takes
     with reporting(progress) as report:
         setting = Setting(
             target=target, seed=seed, device=device, model_name=model_name, images_digest=images_digest,
@@ -192,7 +192,7 @@ class Calibration:
             UnknownNameError: unknown recipe.
         """
         chosen = RECIPES.get(recipe)
-        check_processes(chosen, self.measurements.shard.world)
+        check_recipe(chosen, budget, self.measurements.shard.world)
         return self._for(chosen.preparation)._plan(budget, chosen)
 
     def _for(self, preparation: Preparation) -> Calibration:

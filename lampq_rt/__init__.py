@@ -3,7 +3,7 @@
     import lampq_rt
     from lampq_rt.calibrate import Budget, make_plan
 
-    plan = make_plan(model, images, budget=Budget(mean_bits=4), recipe="fast")    # offline, once
+    plan = make_plan(model, images, budget=Budget(mean_bits=4), recipe="fast+w")  # offline, once
     fast = lampq_rt.compile(model, plan)                                          # any number of times
     fast.save("deit_small.lampq");  fast = lampq_rt.load("deit_small.lampq")
 

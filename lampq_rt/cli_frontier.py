@@ -45,7 +45,7 @@ def frontier(
     mean_bits: Annotated[
         str, typer.Option("--mean-bits", metavar="BITS,…", help="Budgets. Uniform bits take the whole ones.")
     ] = "3,3.5,4,4.5,5,6,7,8",
-    recipes: Annotated[str, typer.Option(metavar="NAME,…", help="As of calibrate.")] = "fast,lampq+",
+    recipes: Annotated[str, typer.Option(metavar="NAME,…", help="As of calibrate.")] = "fast+w,lampq+w",
     quality: Annotated[str, typer.Option("--y", help="What is drawn: kl, agreement or top1.")] = "kl",
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,
     train_images: Annotated[

@@ -52,10 +52,11 @@ def calibrate(
     recipe: Annotated[
         str,
         typer.Option(
-            help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, lampq+, lampq+a, lampq+w, lampq+f, "
-            "lampq+rec or lampq+relu. fast takes a fifth of the time of lampq+ and knows whole widths only."
+            help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, fast+w, lampq+, lampq+a, lampq+w, "
+            "lampq+f, lampq+rec or lampq+relu. With +w activations have 8 bits. The two that are fast take a quarter "
+            "of the time and know whole widths only."
         ),
-    ] = "lampq+",
+    ] = "lampq+w",
     labels: Labels = None,
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,
     train_images: Annotated[
@@ -78,7 +79,7 @@ def calibrate(
     \b
     Examples:
       lampq calibrate deit_tiny_patch16_224 --weights deit_tiny.safetensors \\
-          --images photos --mean-bits 4 --recipe fast --out deit_tiny.plan
+          --images photos --mean-bits 4 --recipe fast+w --out deit_tiny.plan
       lampq calibrate vit_base_patch16_224 --images photos \\
           --budget weight_bytes=15% --budget bops=20% --recipe lampq+ --out vit_base.plan
       lampq calibrate deit_small_patch16_224 --images photos \\

@@ -30,7 +30,7 @@ from lampq_rt.models import load_model, weight_bytes
 from lampq_rt.plan import Plan
 from lampq_rt.standin import stand_in_plan
 
-OURS = "lampq+"
+OURS = "lampq+w"
 """The recipe that is used where nobody names one."""
 
 WIDTHS = ((8, ("uniform",)), (4, ("uniform", OURS)), (3, ("uniform", OURS)))
@@ -50,7 +50,7 @@ BUSY_SECONDS = 45.0
 NEXT_STEPS = """
 [bold]For your own model[/bold] (any timm Vision Transformer; weights as safetensors, a folder of images):
 
-  lampq calibrate MODEL --weights FILE --images DIR --mean-bits 4 --recipe fast --out X.plan
+  lampq calibrate MODEL --weights FILE --images DIR --mean-bits 4 --recipe fast+w --out X.plan
   lampq inspect   X.plan --plot bits.png
   lampq eval      MODEL --weights FILE --plan X.plan --images DIR [--labels CSV]
   lampq compile   MODEL --weights FILE --plan X.plan --out X.lampq

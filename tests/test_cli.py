@@ -204,8 +204,8 @@ def test_quickstart_without_latency(tmp_path):
     assert "lampq calibrate MODEL" in result.stdout and "Bits per layer" not in result.stderr
     facts = json.loads((tmp_path / "q.json").read_text())
     by_recipe = {(round(p["mean_bits"]), p["recipe"]): p for p in facts["plans"]}
-    assert by_recipe[3, "lampq+"]["kl"] < by_recipe[3, "uniform"]["kl"]
-    assert by_recipe[3, "lampq+"]["disk_bytes"] < 0.2 * facts["fp32_bytes"]
+    assert by_recipe[3, "lampq+w"]["kl"] < 0.2 * by_recipe[3, "uniform"]["kl"]
+    assert by_recipe[3, "lampq+w"]["disk_bytes"] < 0.2 * facts["fp32_bytes"]
 
 
 def calibrate_arguments(bench, **changes):

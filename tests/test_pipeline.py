@@ -138,6 +138,12 @@ def test_budgets_out_of_reach_say_what_is_possible(model: VisionTransformer, ima
             make_plan(model, images, budget=Budget(weight_bytes="1%"), recipe=recipe)
 
 
+@pytest.mark.parametrize("limit", [5, "15%"])
+def test_fixed_activations_and_a_limit_below_them_are_refused_before_the_model_is_looked_at(limit: str | int) -> None:
+    with pytest.raises(BudgetError, match="cannot be met by recipe lampq.w, whose activations have 8 bits; .* lampq.f"):
+        make_plan(torch.nn.Identity(), torch.zeros(1), budget=Budget(mean_bits=4, mean_activation_bits=limit))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
