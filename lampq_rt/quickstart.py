@@ -1,7 +1,8 @@
 """The whole job in miniature, on what the package brings along: calibrate, compile, compare, measure.
 
-A small Vision Transformer reads handwritten digits. It is quantised with the same bits everywhere and with LampQ's
-choice at the same mean width, and both run as integer models on images that neither training nor calibration has seen.
+A small Vision Transformer reads handwritten digits. It is quantised plainly, with the same bits everywhere, and by the
+default recipe, which chooses the weights' bits at the same mean width; both run as integer models on images that neither
+training nor calibration has seen.
 Latency is shown on a DeiT-Small with random weights, since a model as small as the first one says nothing about speed.
 """
 
@@ -161,18 +162,22 @@ def latency(say: Say, *, busy: bool = False) -> Result:
 
 
 def comparison_tables(comparison: Comparison) -> Sequence[RenderableType]:
-    """Accuracy and bytes of every way, and the bits that LampQ chose at the narrowest width."""
+    """Accuracy and bytes of every way, and the bits that LampQ chose at the narrowest width.
+
+    W/A: mean widths of the blocks' weights and activations. A terminal of 80 columns shows the table whole.
+    """
     images = comparison.fp32.images
     table = Table()
-    for column in ("mean bits", "bits chosen by", "top-1 %", "agreement %", "KL (nats)", "on disk", "in memory"):
-        table.add_column(column, justify="left" if column == "bits chosen by" else "right")
+    table.add_column("chosen by")
+    for column in ("bits W/A", "top-1 %", "agreement %", "KL", "on disk", "in memory"):
+        table.add_column(column, justify="right")
     full = size(comparison.fp32_bytes)
-    table.add_row("32", "(fp32)", f"{comparison.fp32.top1:.2f}", "", "", full, full, end_section=True)
+    table.add_row("(fp32)", "32/32", f"{comparison.fp32.top1:.2f}", "", "", full, full, end_section=True)
     for index, row in enumerate(comparison.rows):
         last = index + 1 == len(comparison.rows) or comparison.rows[index + 1].bits != row.bits
         table.add_row(
-            f"{row.plan.mean_bits:.2f}",
             row.recipe,
+            f"{row.plan.mean_bits:.2f}/{row.plan.provenance['costs']['mean_activation_bits']:.2f}",
             f"{row.found.top1:.2f}",
             f"{row.found.agreement:.2f}",
             f"{row.found.kl:.4f}",
