@@ -40,10 +40,12 @@ from lampq_rt.calibrate.observe import (
     QKObservation,
     patches,
 )
+from lampq_rt.calibrate.rounding import DAMPING
 from lampq_rt.calibrate.rounding import rounded as rounded_weight
 from lampq_rt.calibrate.search.output_error import energy_worth, row_energy
 from lampq_rt.calibrate.spill import Batches
 from lampq_rt.calibrate.steps import DEFAULT_SEARCH, site_params
+from lampq_rt.formats import INTEGER_BITS
 from lampq_rt.inputs import quantized_input
 from lampq_rt.memory import trim
 from lampq_rt.plan import SiteParams
@@ -86,6 +88,7 @@ def compensate(
     prefix_shares: Mapping[str, float] = NO_SHARES,
     search: str = DEFAULT_SEARCH,
     seed: int = 0,
+    damping: float = DAMPING,
     progress: Progress | None = None,
     rounded: Rounded | None = None,
 ) -> tuple[dict[str, SiteParams], dict[str, Tensor]]:
@@ -100,6 +103,7 @@ def compensate(
             default `PREFIX_SHARE`.
         search: name of the range search.
         seed: of the rows drawn.
+        damping: of the rounding below 8 bits (`rounding.gptq`).
         progress: called with the number of sites done and their number.
         rounded: called with each linear as it is left, the weight that was rounded, fp32 [N, K], and the second moment
             [K, K] of its input.
@@ -122,7 +126,8 @@ def compensate(
                 assert isinstance(linear, SimulatedLinear), site.name
                 prefix = getattr(exact.model, "num_prefix_tokens", 0)
                 share = prefix_shares.get(site.name, PREFIX_SHARE)
-                work = _Linear(site, linear.original, walk, _Prefix(prefix, share), seed)
+                fewer = params.formats["weight"].bits < INTEGER_BITS[-1]
+                work = _Linear(site, linear.original, walk, _Prefix(prefix, share), seed, damping if fewer else DAMPING)
                 params, bias = work.solve(params, search, rounded)
                 del work
                 if bias is not None:
@@ -187,9 +192,9 @@ class _Prefix:
 class _Linear:
     """One linear with its input in the quantised model, [R, K] by batches of images, and what every row counts."""
 
-    def __init__(self, site: Site, linear: nn.Module, walk: _Walk, prefix: _Prefix, seed: int) -> None:
+    def __init__(self, site: Site, linear: nn.Module, walk: _Walk, prefix: _Prefix, seed: int, damping: float) -> None:
         assert isinstance(linear, (nn.Linear, nn.Conv2d))
-        self.site, self.linear, self.seed = site, linear, seed
+        self.site, self.linear, self.seed, self.damping = site, linear, seed, damping
         self.weight, self.bias = linear.weight.detach().flatten(1), linear.bias
         self.share: Tensor | None = None
         self.walk, self.inputs = walk, Batches()
@@ -218,7 +223,7 @@ class _Linear:
         trim()
         weight = weight + spd.ridge(moment, cross, RIDGE)
         del cross
-        found = rounded_weight(weight, params.formats["weight"], moment)
+        found = rounded_weight(weight, params.formats["weight"], moment, self.damping)
         params = replace(params, tensors={**params.tensors, **{key: tensor.cpu() for key, tensor in found.items()}})
         bias = None
         if self.bias is not None:

@@ -131,6 +131,7 @@ class _Contest:
                 prefix_shares=self.prefix_shares,
                 search=self.search,
                 seed=m.seed,
+                damping=m.preparation.damping,
                 progress=report,
             )
             divergence = 0.0 if self.judge is None else self.judge(quantised).divergence * option.handicap

@@ -10,19 +10,16 @@ measured is a slope.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lampq_rt.calibrate.compensate import compensate
-from lampq_rt.calibrate.distributed import UNIT
 from lampq_rt.calibrate.evidence import Measurements
 from lampq_rt.calibrate.judge import Judge
+from lampq_rt.calibrate.replay import Replay
 from lampq_rt.calibrate.rounding import rounded
 from lampq_rt.calibrate.spill import Shelf
 from lampq_rt.calibrate.steps import site_params
@@ -61,7 +58,7 @@ def measure(
     judge = Judge(m.images[:count], m.judge.logits[:count], None, count)
     found: dict[str, dict[int, float]] = {}
     with torch.no_grad():
-        replay = _Replay(quantised, judge.images)
+        replay = Replay(quantised, judge.images)
         still = {} if len(beside) > 1 else {nominal: judge.judge(replay(None)).divergence}
         for done, variable in enumerate(variables, 1):
             name, row = variable.site.name, dict(still)
@@ -167,65 +164,3 @@ class _Nominal:
         else:
             params = site_params(site, formats, m.observations[site.name], m.weights[site.name], self.search)
         return {key: tensor for key, tensor in params.tensors.items() if key.startswith("input.")}
-
-
-@dataclass(frozen=True)
-class _Skip:
-    """A block that hands on what it is given."""
-
-    def __call__(self, x: Tensor, **extra: Any) -> Tensor:
-        return x
-
-
-class _Replay:
-    """Runs a model from any of its blocks on, on the residual stream that the blocks before it gave when this was made.
-
-    Args:
-        simulation: as it is set; blocks before the one that runs first must not have changed since.
-        images: fp32 [n, C, H, W].
-    """
-
-    def __init__(self, simulation: Simulation, images: Tensor) -> None:
-        self.simulation, self.images = simulation, images
-        model: VisionTransformer = simulation.model
-        self.blocks: list[nn.Module] = list(model.blocks)
-        self.streams: list[list[Tensor]] = [[] for _ in self.blocks]
-        with ExitStack() as hooks:
-            for block, stream in zip(self.blocks, self.streams, strict=True):
-                hooks.callback(block.register_forward_pre_hook(_keeping(stream)).remove)
-            self._run(0, keep=True)
-
-    def __call__(self, block: int | None) -> Tensor:
-        """Logits [n, classes] from that block on; None: from the first."""
-        return self._run(block or 0)
-
-    def _run(self, first: int, keep: bool = False) -> Tensor:
-        logits = []
-        device = next(self.simulation.parameters()).device
-        try:
-            for block in self.blocks[:first]:
-                block.forward = _Skip()  # type: ignore[method-assign]
-            for number, batch in enumerate(self.images.split(UNIT)):
-                with ExitStack() as hooks:
-                    if not keep:
-                        stream = self.streams[first][number]
-                        hooks.callback(self.blocks[first].register_forward_pre_hook(_giving(stream)).remove)
-                    logits.append(self.simulation(batch.to(device)).flatten(1).float())
-        finally:
-            for block in self.blocks[:first]:
-                del block.forward
-        return torch.cat(logits)
-
-
-def _keeping(stream: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        stream.append(inputs[0].detach())
-
-    return see
-
-
-def _giving(x: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (x, *inputs[1:])
-
-    return see

@@ -7,6 +7,7 @@ from typing import Any
 
 from lampq_rt.backends import TABLE_KINDS
 from lampq_rt.calibrate.reconstruct import Schedule
+from lampq_rt.calibrate.rounding import DAMPING
 from lampq_rt.registry import Registry
 from lampq_rt.sites import Kind
 
@@ -38,6 +39,7 @@ class Preparation:
         rounding: of weights while bits are chosen: "nearest" or "gptq".
         activations: width of the linears' inputs; None: that of the weight beside it (LampQ).
         attention: width of q, k, v and softmax output; None: the nominal one (LampQ).
+        damping: of GPTQ when errors of weights below 8 bits are compensated (`rounding.gptq`).
     """
 
     rewrites: tuple[str, ...] = ()
@@ -50,6 +52,7 @@ class Preparation:
     attention: int | None = None
     weights: str = "uniform"
     relu: int = 0
+    damping: float = DAMPING
 
     def __post_init__(self) -> None:
         if self.softmax not in SOFTMAX:
@@ -95,8 +98,9 @@ FREE_ATTENTION = replace(STRONG, attention=8)
 """q, k, v and softmax output have no weights: no budget of mean bits or bytes sees them, and integer units gain nothing
 from fewer than 8 bits there."""
 
-WEIGHTS_ONLY = replace(STRONG, activations=8, attention=8)
-"""What integer hardware gains from: activations are computed on as 8 bits anyway, weights of few bits save memory."""
+WEIGHTS_ONLY = replace(STRONG, activations=8, attention=8, damping=0.2)
+"""What integer hardware gains from: activations are computed on as 8 bits anyway, weights of few bits save memory. The
+noise of few-bit inputs keeps GPTQ from fitting the calibration images alone; here damping has to."""
 
 RELU = replace(STRONG, relu=200)
 """The MLPs of APHQ-ViT (2504.02508) and GLF-Q: no GELU to compute, at the price of a model that answers otherwise."""
@@ -269,7 +273,7 @@ for _recipe in (
     Recipe(
         "lampq+w",
         "output-error",
-        ("fisher-output", "fisher-context"),
+        ("alone",),
         "milp",
         True,
         False,

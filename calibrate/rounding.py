@@ -30,10 +30,10 @@ def weighted_moment(rows: Tensor, worth: Tensor) -> Tensor:
     return centred.t() @ (centred * share[:, None])
 
 
-def rounded(weight: Tensor, fmt: Format, hessian: Tensor) -> dict[str, Tensor]:
+def rounded(weight: Tensor, fmt: Format, hessian: Tensor, damping: float = DAMPING) -> dict[str, Tensor]:
     """Steps, levels where the format has them, and codes of a weight fp32 [N, K], by key of a plan; see `gptq`."""
     steps = weight_steps(weight, fmt)
-    codes = gptq(weight, steps["weight.scale"], hessian, fmt.bits, steps.get("weight.levels"))
+    codes = gptq(weight, steps["weight.scale"], hessian, fmt.bits, steps.get("weight.levels"), damping)
     return {**steps, "weight.codes": codes}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from lampq_rt.calibrate import moves
@@ -17,6 +18,7 @@ from lampq_rt.calibrate.metrics.context import straight_through
 from lampq_rt.calibrate.metrics.fisher import Fisher
 from lampq_rt.calibrate.metrics.fisher_output import output
 from lampq_rt.calibrate.observe import LinearObservation
+from lampq_rt.calibrate.replay import Replay
 from lampq_rt.calibrate.variables import Variable
 from lampq_rt.memory import trim
 from lampq_rt.sites import Site
@@ -123,6 +125,21 @@ class SearchEvidence:
             seed=m.seed,
             progress=lambda d, n: m.report("errors of attention", d, n),
         )
+
+    @cached_property
+    def alone(self) -> Curves:
+        """See `Evidence.alone`."""
+        m, found = self.measurements, {}
+        m.simulation.reset()
+        with torch.no_grad():
+            replay = Replay(m.simulation, m.images)
+            for done, site in enumerate(self.sites, 1):
+                m.simulation.set({site.name: self.table[site.name][self.nominal]})
+                logits = m.shard.gather(replay(site.block))
+                m.simulation.set({site.name: None})
+                found[site.name] = {self.nominal: m.judge.judge(logits).divergence}
+                m.report("what every linear does alone", done, len(self.sites))
+        return found
 
     @cached_property
     def moves(self) -> Curves:

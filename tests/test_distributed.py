@@ -24,7 +24,7 @@ from tests.trainings import shorten_trainings
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "test_vit"
 IMAGES = 2 * UNIT + 3
-RECIPES_OF_ALL = ("repq", "lampq+", "lampq+relu")
+RECIPES_OF_ALL = ("repq", "lampq+", "lampq+w", "lampq+relu")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def plan_of_all(recipe, shard):
     torch.manual_seed(0)
     model = timm.create_model(MODEL, num_classes=10, depth=2).eval()
     images = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    budget = Budget(mean_bits=3.5 if recipe == "lampq+" else 4)
+    budget = Budget(mean_bits=3.5 if recipe in ("lampq+", "lampq+w") else 4)
     own = torch.stack(shard.share(list(images)))
     with pytest.MonkeyPatch.context() as patch:
         shorten_trainings(patch)

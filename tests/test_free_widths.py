@@ -19,9 +19,9 @@ from lampq_rt.calibrate.costs import COSTS, total
 from lampq_rt.calibrate.metrics import PENALTIES, attention
 from lampq_rt.calibrate.metrics.fisher_output import output
 from lampq_rt.calibrate.metrics.measured import corrections
-from lampq_rt.calibrate.moves import _Replay
 from lampq_rt.calibrate.prepare import finished
 from lampq_rt.calibrate.recipes import Preparation, Recipe
+from lampq_rt.calibrate.replay import Replay
 from lampq_rt.calibrate.variables import Variable, free, tied
 from lampq_rt.errors import BudgetError, FormatError
 from lampq_rt.formats import Format
@@ -223,7 +223,7 @@ def test_a_replay_answers_as_the_whole_model(images: Tensor) -> None:
     model = tiny_vit(depth=3, reg_tokens=2)
     simulation = Simulation(model)
     with torch.no_grad():
-        replay, plain = _Replay(simulation, images), simulation(images)
+        replay, plain = Replay(simulation, images), simulation(images)
         for block in (None, 0, 1, 2):
             torch.testing.assert_close(replay(block), plain)
         last = simulation.module("blocks.2.mlp.fc1")

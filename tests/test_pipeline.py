@@ -267,6 +267,20 @@ def test_penalties_fall_with_width(calibration: Calibration) -> None:
             assert score.sensitivity[site] > 0
 
 
+def test_alone_measures_the_model_with_one_linear_quantised(calibration: Calibration) -> None:
+    evidence, m = calibration.evidence("output-error", 4), calibration.measurements
+    score, curves = PENALTIES.get("alone")(evidence), PENALTIES.get("fisher-output")(evidence).penalties
+    for site in evidence.sites:
+        m.simulation.reset()
+        m.simulation.set({site.name: evidence.table[site.name][4]})
+        wanted = m.judge(m.simulation).unshifted
+        assert score.penalties[site.name][4] == pytest.approx(wanted, rel=1e-3)
+        assert score.penalties[site.name][3] / score.penalties[site.name][4] == pytest.approx(
+            curves[site.name][3] / curves[site.name][4]
+        )
+    m.simulation.reset()
+
+
 def test_gradients_pass_straight_through_quantised_sites(model: VisionTransformer, images: Tensor) -> None:
     simulation = Simulation(model)
     plan = make_plan(model, images, budget=Budget(mean_bits=8), recipe="uniform")

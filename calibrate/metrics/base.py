@@ -67,6 +67,12 @@ class Evidence(Protocol):
         ...
 
     @property
+    def alone(self) -> Curves:
+        """Divergence on the calibration images, in nats, with one linear alone at the nominal width and all else in
+        floating point."""
+        ...
+
+    @property
     def moves(self) -> Curves:
         """Divergence on the calibration images, in nats, when one variable alone moves from the nominal width to one
         below or above it, all else at the nominal width."""
