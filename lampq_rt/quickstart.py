@@ -1,7 +1,7 @@
 """The whole job in miniature, on what the package brings along: calibrate, compile, compare, measure.
 
 A small Vision Transformer reads handwritten digits. It is quantised plainly, with the same bits everywhere, and by the
-default recipe, which chooses the weights' bits at the same mean width; both run as integer models on images that neither
+default recipe, which chooses bits of weights at the same mean width; both run as integer models on images that neither
 training nor calibration has seen.
 Latency is shown on a DeiT-Small with random weights, since a model as small as the first one says nothing about speed.
 """
