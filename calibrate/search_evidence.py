@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lampq_rt.calibrate import moves
+from lampq_rt.calibrate.distributed import UNIT
 from lampq_rt.calibrate.evidence import Measurements
 from lampq_rt.calibrate.metrics import alpha, attention, fisher
 from lampq_rt.calibrate.metrics.alpha import TypeDrops
@@ -22,6 +23,9 @@ from lampq_rt.calibrate.replay import Replay
 from lampq_rt.calibrate.variables import Variable
 from lampq_rt.memory import trim
 from lampq_rt.sites import Site
+
+ALONE_IMAGES = 2 * UNIT
+"""Images whose residual streams, one before every block, are held at once."""
 
 
 class SearchEvidence:
@@ -129,17 +133,21 @@ class SearchEvidence:
     @cached_property
     def alone(self) -> Curves:
         """See `Evidence.alone`."""
-        m, found = self.measurements, {}
+        m, logits = self.measurements, dict[str, list[Tensor]]()
         m.simulation.reset()
-        with torch.no_grad():
-            replay = Replay(m.simulation, m.images)
-            for done, site in enumerate(self.sites, 1):
-                m.simulation.set({site.name: self.table[site.name][self.nominal]})
-                logits = m.shard.gather(replay(site.block))
-                m.simulation.set({site.name: None})
-                found[site.name] = {self.nominal: m.judge.judge(logits).divergence}
-                m.report("what every linear does alone", done, len(self.sites))
-        return found
+        parts = m.images.split(ALONE_IMAGES)
+        for number, images in enumerate(parts):
+            with torch.no_grad():
+                replay = Replay(m.simulation, images)
+                for done, site in enumerate(self.sites, 1):
+                    m.simulation.set({site.name: self.table[site.name][self.nominal]})
+                    logits.setdefault(site.name, []).append(replay(site.block))
+                    m.simulation.set({site.name: None})
+                    m.report(
+                        "what every linear does alone", number * len(self.sites) + done, len(parts) * len(self.sites)
+                    )
+        answers = {name: m.shard.gather(torch.cat(own)) for name, own in logits.items()}
+        return {name: {self.nominal: m.judge.judge(own).divergence} for name, own in answers.items()}
 
     @cached_property
     def moves(self) -> Curves:
