@@ -53,8 +53,8 @@ def calibrate(
         str,
         typer.Option(
             help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, fast+w, lampq+, lampq+a, lampq+w, "
-            "lampq+f, lampq+rec or lampq+relu. With +w activations have 8 bits. The two that are fast take a quarter "
-            "of the time and know whole widths only."
+            "lampq+f, lampq+rec or lampq+relu. With +w activations have 8 bits. The two that are fast take less than "
+            "half of the time and know whole widths only."
         ),
     ] = "lampq+w",
     labels: Labels = None,

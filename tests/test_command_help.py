@@ -56,5 +56,5 @@ def test_help_says_what_is_so():
     bench_help = words(succeed("bench", "--help").output)
     assert "random ones" in bench_help and "peers (these three)" in bench_help and "8 by default" in bench_help
     calibrate_help = words(succeed("calibrate", "--help").output)
-    assert "--mean-bits 4 --recipe fast+w" in calibrate_help and "a quarter of the time" in calibrate_help
+    assert "--mean-bits 4 --recipe fast+w" in calibrate_help and "less than half of the time" in calibrate_help
     assert "--mean-bits 4 --recipe fast+w" in quickstart.NEXT_STEPS
