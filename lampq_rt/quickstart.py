@@ -51,7 +51,8 @@ BUSY_SECONDS = 45.0
 NEXT_STEPS = """
 [bold]For your own model[/bold] (any timm Vision Transformer; weights as safetensors, a folder of images):
 
-  lampq calibrate MODEL --weights FILE --images DIR --mean-bits 4 --recipe fast+w --out X.plan
+  lampq calibrate MODEL --weights FILE --images DIR \\
+      --mean-bits 4 --recipe fast+w --out X.plan
   lampq inspect   X.plan --plot bits.png
   lampq eval      MODEL --weights FILE --plan X.plan --images DIR [--labels CSV]
   lampq compile   MODEL --weights FILE --plan X.plan --out X.lampq
