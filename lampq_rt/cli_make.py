@@ -53,7 +53,7 @@ def calibrate(
         str,
         typer.Option(
             help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, fast+w, lampq+, lampq+a, lampq+w, "
-            "lampq+f, lampq+rec or lampq+relu. With +w activations have 8 bits. The two that are fast take less than "
+            "lampq+f, lampq+rec or lampq+relu. With +w activations have 8 bits. fast and fast+w take less than "
             "half of the time and know whole widths only."
         ),
     ] = "lampq+w",
