@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lampq_rt.calibrate.straight_through import LearningLinear
+from lampq_rt.quantizers.levels import nearest
 from lampq_rt.registry import Registry
 
 LOW, HIGH = -0.1, 1.1
@@ -92,8 +93,11 @@ class StraightThrough:
         """None."""
         return None
 
+    @torch.no_grad()
     def finish(self, linears: Iterable[LearningLinear]) -> None:
-        """Nothing is left to do: codes are rounded in every forward pass."""
+        """Bring every weight to the middle of its code, from where a later unit has as far to either neighbour."""
+        for linear in linears:
+            linear.codes.copy_(linear.values[nearest(linear.codes, linear.values)])
 
 
 class SoftCodes(nn.Module):

@@ -59,6 +59,7 @@ class Schedule:
         soft: learning rate of AdaRound's V.
         drop: probability that an element of a linear's input is left in floating point (QDrop); 0: never.
         statistics: images that an objective measures its statistics on, before training.
+        finish: steps, behind order "blocks", of all together towards the answers alone (`orders.blocks`).
 
     Raises:
         UnknownNameError: no such objective, order or rounding.
@@ -79,6 +80,7 @@ class Schedule:
     soft: float = 0.05
     drop: float = 0.0
     statistics: int = 32
+    finish: int = 0
 
     def __post_init__(self) -> None:
         objective = OBJECTIVES.get(self.objective)
@@ -91,6 +93,8 @@ class Schedule:
             raise ValueError(f"blocks {self.blocks}, answers {self.answers}; allowed: 0 or more, not both 0")
         if self.order == "blocks" and not self.blocks:
             raise ValueError("blocks 0.0 in order 'blocks': a block would have nothing to learn; allowed: more than 0")
+        if self.finish and self.order != "blocks":
+            raise ValueError(f"finish {self.finish} in order {self.order!r}, which trains all together; allowed: 0")
         if not 0.0 <= self.drop < 1.0:
             raise ValueError(f"drop {self.drop}; allowed: 0 or more, less than 1")
         if self.statistics < 1:
@@ -99,7 +103,7 @@ class Schedule:
     def facts(self) -> dict[str, Any]:
         """What tells two schedules apart: choices that came later are named only where they are not the default."""
         chosen = {field.name: field.default for field in fields(self)}
-        later = ("objective", "order", "rounding", "soft", "drop", "statistics")
+        later = ("objective", "order", "rounding", "soft", "drop", "statistics", "finish")
         return {key: value for key, value in asdict(self).items() if key not in later or value != chosen[key]}
 
 
@@ -155,6 +159,7 @@ def reconstruct(
     course = Course(
         study.exact, study.quantised, linears, matmuls, rest, images, error,
         schedule.steps, schedule.batch, schedule.blocks, schedule.answers, seed, precision,
+        schedule.finish,
     )  # fmt: skip
     training = _Training(course, schedule, first, state, digest, progress)
     training.run(begin, tensors)
@@ -172,8 +177,8 @@ class _Training:
         self.course, self.schedule, self.first = course, schedule, first
         self.state, self.digest, self.progress = state, digest, progress
         self.order, self.rounding = ORDERS.get(schedule.order), ROUNDINGS.get(schedule.rounding)
-        self.units = self.order.count(course)
-        self.total = self.units * schedule.steps
+        self.steps = self.order.steps(course)
+        self.total = sum(self.steps)
         self.drop = Drop(schedule.drop)
         for linear in course.linears.values():
             linear.drop = self.drop if schedule.drop else None
@@ -182,37 +187,37 @@ class _Training:
         """All steps from `begin` on, which `tensors` are the state of."""
         _restore_model(self._model(), tensors)
         for number, unit in enumerate(self.order.units(self.course)):
-            done = begin - number * self.schedule.steps
-            if done < self.schedule.steps:
+            done = begin - sum(self.steps[:number])
+            if done < self.steps[number]:
                 self._train(unit, number, max(done, 0), tensors)
 
     def _train(self, unit: Unit, number: int, begin: int, tensors: Mapping[str, Tensor]) -> None:
         """One unit; `tensors` are its state if `begin` is not 0."""
-        schedule, linears = self.schedule, list(unit.linears.values())
+        count, before, linears = self.steps[number], sum(self.steps[:number]), list(unit.linears.values())
         self.rounding.begin(linears)
         optimiser = torch.optim.Adam(self._groups(unit), betas=(0.9, 0.99))
         rates = [group["lr"] for group in optimiser.param_groups]
         _restore(optimiser, tensors, begin)
-        steps = range(begin, schedule.steps if _learners(optimiser) else 0)
+        steps = range(begin, count if _learners(optimiser) else 0)
         for step in steps:
-            share = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * step / schedule.steps))
+            share = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * step / count))
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * share
+                group["lr"] = rate * share * unit.pace
             optimiser.zero_grad(set_to_none=True)
             self._gradients(unit, number, step)
             optimiser.step()
-            done = number * schedule.steps + step + 1
-            if done % KEEP_EVERY == 0 and step + 1 < schedule.steps:
+            done = before + step + 1
+            if done % KEEP_EVERY == 0 and step + 1 < count:
                 self._save(done, _kept(optimiser))
             if self.progress is not None:
                 self.progress(done, self.total)
         self.rounding.finish(linears)
-        if number + 1 < self.units:
-            self._save((number + 1) * schedule.steps, {})
+        if number + 1 < len(self.steps):
+            self._save(before + count, {})
 
     def _gradients(self, unit: Unit, number: int, step: int) -> None:
         """Those of a step."""
-        place = self.course.seed * self.total + number * self.schedule.steps + step
+        place = self.course.seed * self.total + sum(self.steps[:number]) + step
         parts = unit.draw(torch.Generator().manual_seed(place))
         count, size = sum(len(part[0]) for part in parts), 0.0
         for linear in unit.linears.values():
@@ -228,7 +233,7 @@ class _Training:
             (loss * len(part[0]) / count).backward()  # type: ignore[no-untyped-call]
         for linear in unit.linears.values():
             linear.release()
-        penalty = self.rounding.penalty(unit.linears.values(), step / self.schedule.steps)
+        penalty = self.rounding.penalty(unit.linears.values(), step / self.steps[number])
         if penalty is not None:
             (penalty * (size / unit.blocks)).backward()  # type: ignore[no-untyped-call]
 
@@ -245,7 +250,7 @@ class _Training:
 
     def _model(self) -> dict[str, nn.Parameter]:
         """What the state holds beside the unit that trains: all that learns, where there are several units."""
-        if self.units == 1:
+        if len(self.steps) == 1:
             return {}
         found = dict(self.course.rest)
         for name, linear in self.course.linears.items():

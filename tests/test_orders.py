@@ -57,15 +57,25 @@ def same(a: Learned, b: Learned) -> bool:
     return sites and all(torch.equal(t, b[1][name]) for name, t in a[1].items())
 
 
+def divergence(model: nn.Module, plan: Plan, found: Learned, others: Tensor) -> float:
+    simulation = Simulation(edited(model, found[1]))
+    simulation.set({**plan.sites, **found[0]})
+    with torch.no_grad():
+        return float(kl_divergence(model(others), simulation(others)).mean())
+
+
 SCHEDULES = {
     "all": ALL,
     "straight": Schedule(steps=STEPS, batch=8, order="blocks", objective="suffix"),
     "together": replace(ALL, order="together", steps=3 * STEPS),
+    "finish": Schedule(steps=STEPS, batch=8, order="blocks", objective="aph", finish=STEPS + 1),
 }
 
 
-@pytest.mark.parametrize("stop_after", [STEPS + 8, 2 * STEPS, 2 * STEPS + 2])
-@pytest.mark.parametrize("name", SCHEDULES)
+STOPS = [(name, after) for name in SCHEDULES for after in (STEPS + 8, 2 * STEPS, 2 * STEPS + 2)]
+
+
+@pytest.mark.parametrize(("name", "stop_after"), [*STOPS, ("finish", 3 * STEPS), ("finish", 3 * STEPS + 7)])
 def test_a_training_that_was_stopped_goes_on_to_the_same_bits(
     model: nn.Module,
     plan: Plan,
@@ -77,9 +87,10 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(
 ) -> None:
     monkeypatch.setattr(training, "KEEP_EVERY", 5)
     schedule, state, seen = SCHEDULES[name], tmp_path / "state", list[int]()
+    count = 3 * STEPS + schedule.finish
 
     def stop(done: int, total: int) -> None:
-        assert total == 3 * STEPS
+        assert total == count
         if done == stop_after:
             raise KeyboardInterrupt
 
@@ -91,10 +102,11 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(
         seen.append(done)
 
     again = reconstruct(model, start(model, plan), images, schedule, seed=3, progress=note, resume=state)
-    kept = [n for n in range(stop_after + 1) if n % 5 == 0 or (schedule.order == "blocks" and n % STEPS == 0)]
+    ends = range(STEPS, 3 * STEPS + bool(schedule.finish), STEPS) if schedule.order == "blocks" else ()
+    kept = [n for n in range(stop_after + 1) if n % 5 == 0 or n in ends]
     if schedule.order == "blocks" and stop_after % STEPS == 0:
         kept.remove(stop_after)  # a unit's last state is kept behind its last step
-    assert seen == list(range(max(kept) + 1, 3 * STEPS + 1))
+    assert seen == list(range(max(kept) + 1, count + 1))
     assert same(whole, again)
 
 
@@ -105,11 +117,20 @@ def test_block_after_block_brings_the_model_nearer(model: nn.Module, plan: Plan,
     with torch.no_grad():
         exact = model(others)
         before = float(kl_divergence(exact, start(model, plan)(others)).mean())
-    sites, parameters = reconstruct(model, start(model, plan), images, schedule)
-    after = Simulation(edited(model, parameters))
-    after.set({**plan.sites, **sites})
-    with torch.no_grad():
-        assert float(kl_divergence(exact, after(others)).mean()) < 0.8 * before
+    found = reconstruct(model, start(model, plan), images, schedule)
+    assert divergence(model, plan, found, others) < 0.8 * before
+
+
+def test_all_together_at_the_end_bring_answers_nearer_than_blocks_did(
+    model: nn.Module, plan: Plan, images: Tensor
+) -> None:
+    schedule = Schedule(steps=20, batch=8, codes=0.02, order="blocks")
+    blocks = reconstruct(model, start(model, plan), images, schedule)
+    finished = reconstruct(model, start(model, plan), images, replace(schedule, finish=150))
+    others = smooth(24, seed=2)
+    assert divergence(model, plan, finished, others) < 0.6 * divergence(model, plan, blocks, others)
+    with pytest.raises(ValueError, match="finish 5 in order 'together'.*; allowed: 0"):
+        Schedule(steps=5, finish=5)
 
 
 def test_a_block_learns_from_what_the_trained_prefix_gives(model: nn.Module, plan: Plan, images: Tensor) -> None:

@@ -14,6 +14,6 @@ def shorten_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in RECIPES:
         recipe = RECIPES.get(name)
         if recipe.schedule.steps:
-            schedule = replace(recipe.schedule, steps=4, batch=4)
+            schedule = replace(recipe.schedule, steps=4, batch=4, finish=min(recipe.schedule.finish, 4))
             preparation = replace(recipe.preparation, relu=min(recipe.preparation.relu, 10))
             monkeypatch.setitem(RECIPES._entries, name, replace(recipe, schedule=schedule, preparation=preparation))

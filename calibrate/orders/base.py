@@ -38,6 +38,7 @@ class Course:
         answers: weight of the answers' divergence.
         seed: of what is drawn.
         precision: of the factors of products.
+        finish: steps of all together, behind the last block.
     """
 
     exact: VisionTransformer
@@ -53,6 +54,7 @@ class Course:
     answers: float
     seed: int
     precision: torch.dtype = torch.float32
+    finish: int = 0
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
@@ -73,6 +75,7 @@ class Unit:
         blocks: how many blocks' errors its loss is the mean of.
         draw: what a step sees, in parts; called with a generator that the step alone decides.
         loss: scalar with a gradient, mean over the images of a part.
+        pace: what the schedule's rates are multiplied by.
     """
 
     linears: Mapping[str, LearningLinear]
@@ -81,13 +84,14 @@ class Unit:
     blocks: int
     draw: Callable[[torch.Generator], Sequence[Part]]
     loss: Callable[[Part], Tensor]
+    pace: float = 1.0
 
 
 class Order(Protocol):
     """One order of training."""
 
-    def count(self, course: Course) -> int:
-        """Number of units."""
+    def steps(self, course: Course) -> list[int]:
+        """Of each unit."""
         ...
 
     def units(self, course: Course) -> Iterator[Unit]:

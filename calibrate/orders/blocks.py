@@ -2,7 +2,8 @@
 
 A block is fed by the quantised blocks before it, which have been trained; its target is what it gives in the
 floating-point model on the floating-point stream. The patch embedding trains with the first block. What stands behind
-the last one trains at the end, towards the answers (AdaLog's code does so with the head).
+the last one trains at the end, towards the answers (AdaLog's code does so with the head). A block does not know what
+the others make of its error: with `Schedule.finish`, all train together behind that, towards the answers alone.
 
 Every image is changed at random once, before the first block, and both streams stay in memory from block to block:
 8 bytes an element of [images, tokens, width], 0.3 GB for 1,000 images of DeiT-Tiny. More images than the steps of a
@@ -12,6 +13,7 @@ block see are left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,13 +22,16 @@ from lampq_rt.calibrate import stream
 from lampq_rt.calibrate.augment import augmented
 from lampq_rt.calibrate.orders.base import ORDERS, Course, Part, Unit, answers_divergence
 
+FINISHING_PACE = 0.5
+"""Of the last unit: all that it moves has been trained."""
+
 
 class Blocks:
-    """`Order` of one unit a block and one for what follows them."""
+    """`Order` of one unit a block, one for what follows them and, where wanted, one of all."""
 
-    def count(self, course: Course) -> int:
-        """See `Order.count`."""
-        return len(course.exact.blocks) + 1
+    def steps(self, course: Course) -> list[int]:
+        """See `Order.steps`."""
+        return [course.steps] * (len(course.exact.blocks) + 1) + ([course.finish] if course.finish else [])
 
     def units(self, course: Course) -> Iterator[Unit]:
         """See `Order.units`."""
@@ -48,6 +53,13 @@ class Blocks:
             return course.answers * answers_divergence(stream.answers(course.quantised, part[0]), wanted)
 
         yield _unit(course, depth, x_hat, x, head_loss)
+        if course.finish:
+            yield from (replace(unit, pace=FINISHING_PACE) for unit in ORDERS.get("together").units(_answering(course)))
+
+
+def _answering(course: Course) -> Course:
+    """The same with nothing to learn but answers."""
+    return replace(course, blocks=0.0, answers=1.0)
 
 
 def _seen(course: Course) -> Tensor:

@@ -18,9 +18,9 @@ from lampq_rt.calibrate.orders.base import ORDERS, Course, Part, Unit, answers_d
 class Together:
     """`Order` of one unit."""
 
-    def count(self, course: Course) -> int:
-        """See `Order.count`."""
-        return 1
+    def steps(self, course: Course) -> list[int]:
+        """See `Order.steps`."""
+        return [course.steps]
 
     def units(self, course: Course) -> Iterator[Unit]:
         """See `Order.units`."""
