@@ -12,7 +12,8 @@ block see are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from lampq_rt.calibrate import stream
 from lampq_rt.calibrate.augment import augmented
 from lampq_rt.calibrate.orders.base import ORDERS, Course, Part, Unit, answers_divergence
+from lampq_rt.calibrate.straight_through import LearningLinear
 
 FINISHING_PACE = 0.5
 """Of the last unit: all that it moves has been trained."""
@@ -44,8 +46,10 @@ class Blocks:
             def loss(part: Part, block: int = block, forward: Callable[[Tensor], Tensor] = forward) -> Tensor:
                 return course.blocks * course.error(block, forward(part[0]), part[1])
 
-            yield _unit(course, block, x_hat, y, loss)
-            x_hat, x = _mapped(forward, x_hat), y
+            unit = _unit(course, block, x_hat, y, loss)
+            yield unit
+            with _held(unit.linears.values()):
+                x_hat, x = _mapped(forward, x_hat), y
 
         def head_loss(part: Part) -> Tensor:
             with torch.no_grad():
@@ -83,6 +87,16 @@ def _exact_block(course: Course, block: int) -> Callable[[Tensor], Tensor]:
     if block:
         return lambda x: stream.through(model, x, block, block + 1)
     return lambda images: stream.through(model, stream.embedded(model, images), 0, 1)
+
+
+@contextmanager
+def _held(linears: Collection[LearningLinear]) -> Iterator[None]:
+    """In it every weight is quantised once."""
+    for linear in linears:
+        linear.hold()
+    yield
+    for linear in linears:
+        linear.release()
 
 
 @torch.no_grad()
