@@ -39,18 +39,21 @@ BASE = "fast"
 CALIBRATION = 32
 HELD_OUT = 200
 
-OURS = {key: value for key, value in RECIPES.get("lampq+rec").schedule.facts().items() if key != "steps"}
-"""What `lampq+rec` trains with."""
-
 ANSWERS: dict[str, Any] = {"blocks": 0.0, "answers": 1.0, "edge": 0.0}
 """The divergence of the answers alone, codes from the middle."""
+
+SLOWER: dict[str, Any] = {**ANSWERS, "codes": 0.003, "factors": 0.0005, "rest": 0.0001}
+"""The same at lower rates."""
+
+FINISH = 150
+"""Steps of all together behind the blocks, in the rows that have them."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "before": {"steps": 0},
     "answers alone": ANSWERS,
     "answers alone, kept": {**ANSWERS, "rounding": "kept"},
-    "answers alone, at lower rates (lampq+rec)": OURS,
-    "answers alone, at lower rates, fast codes": {**OURS, "codes": 0.01},
+    "answers alone, at lower rates": SLOWER,
+    "answers alone, at lower rates, fast codes": {**SLOWER, "codes": 0.01},
     "together, mse, kept": {"rounding": "kept"},
     "together, tokens, kept": {"objective": "tokens", "rounding": "kept"},
     "together, mse": {},
@@ -62,6 +65,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "blocks, mse": {"order": "blocks"},
     "blocks, aph": {"order": "blocks", "objective": "aph"},
     "blocks, fisher": {"order": "blocks", "objective": "fisher"},
+    "blocks, aph, then answers": {"order": "blocks", "objective": "aph", "finish": FINISH},
+    "blocks, fisher, then answers": {"order": "blocks", "objective": "fisher", "finish": FINISH},
     "blocks, suffix": {"order": "blocks", "objective": "suffix"},
     "blocks, mse, adaround (AdaLog)": {"order": "blocks", "rounding": "adaround"},
     "blocks, aph, adaround, drop (APHQ-ViT)": {
