@@ -112,9 +112,12 @@ executes a searched base there."""
 FREE_PENALTIES = ("fisher-output", "fisher-context", "measured")
 """Penalties that tell the operands of a site apart."""
 
-TRAINING = Schedule(steps=300, codes=0.003, factors=5e-4, rest=1e-4, blocks=0.0, answers=1.0, edge=0.0)
-"""Of `lampq+rec`: towards the answers alone, which at the same rates won over errors of blocks, and so slowly that
-others than the images trained on gain (docs/calibration.md)."""
+TRAINING = Schedule(steps=200, order="blocks", objective="fisher", finish=200)
+"""Of `lampq+rec`: block after block, errors weighed by what they do to the answers, then all together towards the
+answers; each gains where the other has ended (docs/calibration.md)."""
+
+RELU_TRAINING = Schedule(steps=300, codes=0.003, factors=5e-4, rest=1e-4, blocks=0.0, answers=1.0, edge=0.0)
+"""Of `lampq+relu`: towards the answers alone, so slowly that others than the images trained on gain."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +318,7 @@ for _recipe in (
         "lampq+rec of a model whose GELUs have become ReLUs, which cost no time",
         RELU,
         compensate=True,
-        schedule=TRAINING,
+        schedule=RELU_TRAINING,
     ),
 ):
     RECIPES.register(_recipe.name)(_recipe)
