@@ -315,7 +315,7 @@ for _recipe in (
         "milp",
         True,
         False,
-        "lampq+rec of a model whose GELUs have become ReLUs, which cost no time",
+        "lampq+ of a model whose GELUs have become ReLUs, which cost no time, then training",
         RELU,
         compensate=True,
         schedule=RELU_TRAINING,
