@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from lampq_rt.calibrate.objectives import OBJECTIVES, First, Study
 from lampq_rt.calibrate.observe import Progress
 from lampq_rt.calibrate.orders import ORDERS, Course, Unit
 from lampq_rt.calibrate.resume import Resume
-from lampq_rt.calibrate.straight_through import LearningLinear, learning, learning_matmuls
+from lampq_rt.calibrate.straight_through import LearningLinear, held, learning, learning_matmuls
 from lampq_rt.errors import DataError
 from lampq_rt.plan import SiteParams, update_digest, weights_digest
 from lampq_rt.simulate import Simulation
@@ -93,8 +94,11 @@ class Schedule:
             raise ValueError(f"blocks {self.blocks}, answers {self.answers}; allowed: 0 or more, not both 0")
         if self.order == "blocks" and not self.blocks:
             raise ValueError("blocks 0.0 in order 'blocks': a block would have nothing to learn; allowed: more than 0")
-        if self.finish and self.order != "blocks":
-            raise ValueError(f"finish {self.finish} in order {self.order!r}, which trains all together; allowed: 0")
+        if self.finish < 0 or (self.finish and (self.order != "blocks" or not self.steps)):
+            raise ValueError(
+                f"finish {self.finish} behind {self.steps} steps in order {self.order!r}; allowed: 0, or more behind "
+                "steps in order 'blocks'"
+            )
         if not 0.0 <= self.drop < 1.0:
             raise ValueError(f"drop {self.drop}; allowed: 0 or more, less than 1")
         if self.statistics < 1:
@@ -178,7 +182,7 @@ class _Training:
         self.state, self.digest, self.progress = state, digest, progress
         self.order, self.rounding = ORDERS.get(schedule.order), ROUNDINGS.get(schedule.rounding)
         self.steps = self.order.steps(course)
-        self.total = sum(self.steps)
+        *self.starts, self.total = accumulate(self.steps, initial=0)
         self.drop = Drop(schedule.drop)
         for linear in course.linears.values():
             linear.drop = self.drop if schedule.drop else None
@@ -187,13 +191,13 @@ class _Training:
         """All steps from `begin` on, which `tensors` are the state of."""
         _restore_model(self._model(), tensors)
         for number, unit in enumerate(self.order.units(self.course)):
-            done = begin - sum(self.steps[:number])
+            done = begin - self.starts[number]
             if done < self.steps[number]:
                 self._train(unit, number, max(done, 0), tensors)
 
     def _train(self, unit: Unit, number: int, begin: int, tensors: Mapping[str, Tensor]) -> None:
         """One unit; `tensors` are its state if `begin` is not 0."""
-        count, before, linears = self.steps[number], sum(self.steps[:number]), list(unit.linears.values())
+        count, before, linears = self.steps[number], self.starts[number], list(unit.linears.values())
         self.rounding.begin(linears)
         optimiser = torch.optim.Adam(self._groups(unit), betas=(0.9, 0.99))
         rates = [group["lr"] for group in optimiser.param_groups]
@@ -217,22 +221,19 @@ class _Training:
 
     def _gradients(self, unit: Unit, number: int, step: int) -> None:
         """Those of a step."""
-        place = self.course.seed * self.total + sum(self.steps[:number]) + step
+        place = self.course.seed * self.total + self.starts[number] + step
         parts = unit.draw(torch.Generator().manual_seed(place))
         count, size = sum(len(part[0]) for part in parts), 0.0
-        for linear in unit.linears.values():
-            linear.hold()
-        for index, part in enumerate(parts):
-            with self.drop.at(place * len(parts) + index, part[0].device):
-                loss = unit.loss(part)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                at = place - self.course.seed * self.total + 1
-                raise DataError(f"the training diverged: its loss is {value} at step {at}; choose more bits")
-            size = self.first.of(f"unit.{number}", loss)
-            (loss * len(part[0]) / count).backward()  # type: ignore[no-untyped-call]
-        for linear in unit.linears.values():
-            linear.release()
+        with held(unit.linears.values()):
+            for index, part in enumerate(parts):
+                with self.drop.at(place * len(parts) + index, part[0].device):
+                    loss = unit.loss(part)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    at = place - self.course.seed * self.total + 1
+                    raise DataError(f"the training diverged: its loss is {value} at step {at}; choose more bits")
+                size = self.first.of(f"unit.{number}", loss)
+                (loss * len(part[0]) / count).backward()  # type: ignore[no-untyped-call]
         penalty = self.rounding.penalty(unit.linears.values(), step / self.steps[number])
         if penalty is not None:
             (penalty * (size / unit.blocks)).backward()  # type: ignore[no-untyped-call]

@@ -8,7 +8,8 @@ weight has crossed the middle between two of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -132,6 +133,16 @@ class LearningLinear(nn.Module):
         if self.log_input_step is not None:
             tensors["input.scale"] = self.log_input_step.exp().cpu()
         return replace(self.params, tensors={**self.params.tensors, **tensors})
+
+
+@contextmanager
+def held(linears: Collection[LearningLinear]) -> Iterator[None]:
+    """In it every weight is quantised once; behind it, gradients are handed on."""
+    for linear in linears:
+        linear.hold()
+    yield
+    for linear in linears:
+        linear.release()
 
 
 class LearningMatmul(nn.Module):

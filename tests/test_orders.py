@@ -129,8 +129,12 @@ def test_all_together_at_the_end_bring_answers_nearer_than_blocks_did(
     finished = reconstruct(model, start(model, plan), images, replace(schedule, finish=150))
     others = smooth(24, seed=2)
     assert divergence(model, plan, finished, others) < 0.6 * divergence(model, plan, blocks, others)
-    with pytest.raises(ValueError, match="finish 5 in order 'together'.*; allowed: 0"):
-        Schedule(steps=5, finish=5)
+
+
+@pytest.mark.parametrize(("steps", "order", "finish"), [(5, "together", 5), (0, "blocks", 5), (5, "blocks", -1)])
+def test_a_finish_with_nothing_to_follow_is_refused(steps: int, order: str, finish: int) -> None:
+    with pytest.raises(ValueError, match=f"finish {finish} behind {steps} steps in order '{order}'; allowed: 0, or"):
+        Schedule(steps=steps, order=order, finish=finish)
 
 
 def test_a_block_learns_from_what_the_trained_prefix_gives(model: nn.Module, plan: Plan, images: Tensor) -> None:

@@ -91,7 +91,7 @@ class Order(Protocol):
     """One order of training."""
 
     def steps(self, course: Course) -> list[int]:
-        """Of each unit."""
+        """Number of steps of each unit."""
         ...
 
     def units(self, course: Course) -> Iterator[Unit]:

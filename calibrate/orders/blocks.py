@@ -12,8 +12,7 @@ block see are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from lampq_rt.calibrate import stream
 from lampq_rt.calibrate.augment import augmented
 from lampq_rt.calibrate.orders.base import ORDERS, Course, Part, Unit, answers_divergence
-from lampq_rt.calibrate.straight_through import LearningLinear
+from lampq_rt.calibrate.straight_through import held
 
 FINISHING_PACE = 0.5
 """Of the last unit: all that it moves has been trained."""
@@ -48,7 +47,7 @@ class Blocks:
 
             unit = _unit(course, block, x_hat, y, loss)
             yield unit
-            with _held(unit.linears.values()):
+            with held(unit.linears.values()):
                 x_hat, x = _mapped(forward, x_hat), y
 
         def head_loss(part: Part) -> Tensor:
@@ -58,12 +57,8 @@ class Blocks:
 
         yield _unit(course, depth, x_hat, x, head_loss)
         if course.finish:
-            yield from (replace(unit, pace=FINISHING_PACE) for unit in ORDERS.get("together").units(_answering(course)))
-
-
-def _answering(course: Course) -> Course:
-    """The same with nothing to learn but answers."""
-    return replace(course, blocks=0.0, answers=1.0)
+            answering = replace(course, blocks=0.0, answers=1.0)
+            yield from (replace(unit, pace=FINISHING_PACE) for unit in ORDERS.get("together").units(answering))
 
 
 def _seen(course: Course) -> Tensor:
@@ -87,16 +82,6 @@ def _exact_block(course: Course, block: int) -> Callable[[Tensor], Tensor]:
     if block:
         return lambda x: stream.through(model, x, block, block + 1)
     return lambda images: stream.through(model, stream.embedded(model, images), 0, 1)
-
-
-@contextmanager
-def _held(linears: Collection[LearningLinear]) -> Iterator[None]:
-    """In it every weight is quantised once."""
-    for linear in linears:
-        linear.hold()
-    yield
-    for linear in linears:
-        linear.release()
 
 
 @torch.no_grad()
