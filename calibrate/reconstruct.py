@@ -30,14 +30,17 @@ from lampq_rt.calibrate.drop import Drop
 from lampq_rt.calibrate.learned_rounding import ROUNDINGS
 from lampq_rt.calibrate.objectives import OBJECTIVES, First, Study
 from lampq_rt.calibrate.observe import Progress
-from lampq_rt.calibrate.orders import ORDERS, Course, Unit
+from lampq_rt.calibrate.orders import ORDERS, Course, Rates, Unit
 from lampq_rt.calibrate.resume import Resume
 from lampq_rt.calibrate.straight_through import LearningLinear, held, learning, learning_matmuls
 from lampq_rt.errors import DataError
 from lampq_rt.plan import SiteParams, update_digest, weights_digest
 from lampq_rt.simulate import Simulation
 
-__all__ = ["Schedule", "augmented", "reconstruct"]
+__all__ = ["Rates", "Schedule", "augmented", "reconstruct"]
+
+FINISHING = Rates(codes=0.003, factors=5e-4, rest=1e-4, soft=0.025)
+"""What has been trained block after block is nearly right: together, and towards the answers alone, it moves slowly."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Schedule:
         drop: probability that an element of a linear's input is left in floating point (QDrop); 0: never.
         statistics: images that an objective measures its statistics on, before training.
         finish: steps, behind order "blocks", of all together towards the answers alone (`orders.blocks`).
+        finish_rates: their learning rates.
 
     Raises:
         UnknownNameError: no such objective, order or rounding.
@@ -82,6 +86,7 @@ class Schedule:
     drop: float = 0.0
     statistics: int = 32
     finish: int = 0
+    finish_rates: Rates = FINISHING
 
     def __post_init__(self) -> None:
         objective = OBJECTIVES.get(self.objective)
@@ -108,7 +113,10 @@ class Schedule:
         """What tells two schedules apart: choices that came later are named only where they are not the default."""
         chosen = {field.name: field.default for field in fields(self)}
         later = ("objective", "order", "rounding", "soft", "drop", "statistics", "finish")
-        return {key: value for key, value in asdict(self).items() if key not in later or value != chosen[key]}
+        silent = {key for key in later if getattr(self, key) == chosen[key]} | (
+            set() if self.finish else {"finish_rates"}
+        )
+        return {key: value for key, value in asdict(self).items() if key not in silent}
 
 
 WARM_UP = 10
@@ -163,7 +171,7 @@ def reconstruct(
     course = Course(
         study.exact, study.quantised, linears, matmuls, rest, images, error,
         schedule.steps, schedule.batch, schedule.blocks, schedule.answers, seed, precision,
-        schedule.finish,
+        schedule.finish, schedule.finish_rates,
     )  # fmt: skip
     training = _Training(course, schedule, first, state, digest, progress)
     training.run(begin, tensors)
@@ -206,7 +214,7 @@ class _Training:
         for step in steps:
             share = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * step / count))
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * share * unit.pace
+                group["lr"] = rate * share
             optimiser.zero_grad(set_to_none=True)
             self._gradients(unit, number, step)
             optimiser.step()
@@ -240,13 +248,13 @@ class _Training:
 
     def _groups(self, unit: Unit) -> list[dict[str, Any]]:
         """What learns, and how fast."""
-        linears, schedule, rounding = unit.linears.values(), self.schedule, self.rounding
+        linears, rounding, rates = unit.linears.values(), self.rounding, unit.rates or self.schedule
         factors = [p for m in linears for p in (*rounding.steps(m), m.log_input_step) if p is not None]
         factors += [p for m in unit.matmuls.values() for p in m.log_steps.values()]
         return [
-            {"params": [p for m in linears for p in rounding.weights(m)], "lr": getattr(schedule, rounding.rate)},
-            {"params": factors, "lr": schedule.factors},
-            {"params": list(unit.rest.values()), "lr": schedule.rest},
+            {"params": [p for m in linears for p in rounding.weights(m)], "lr": getattr(rates, rounding.rate)},
+            {"params": factors, "lr": rates.factors},
+            {"params": list(unit.rest.values()), "lr": rates.rest},
         ]
 
     def _model(self) -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lampq_rt.calibrate import reconstruct as training
 from lampq_rt.calibrate.drop import Drop
 from lampq_rt.calibrate.learned_rounding import ROUNDINGS, SoftCodes
-from lampq_rt.calibrate.reconstruct import Schedule, reconstruct
+from lampq_rt.calibrate.reconstruct import Rates, Schedule, reconstruct
 from lampq_rt.calibrate.straight_through import LearningLinear, learning
 from lampq_rt.edits import edited
 from lampq_rt.evaluate import kl_divergence
@@ -124,11 +124,21 @@ def test_block_after_block_brings_the_model_nearer(model: nn.Module, plan: Plan,
 def test_all_together_at_the_end_bring_answers_nearer_than_blocks_did(
     model: nn.Module, plan: Plan, images: Tensor
 ) -> None:
-    schedule = Schedule(steps=20, batch=8, codes=0.02, order="blocks")
+    rates = Rates(codes=0.01, factors=5e-4, rest=2.5e-4, soft=0.1)
+    schedule = Schedule(steps=20, batch=8, codes=0.02, order="blocks", finish_rates=rates)
     blocks = reconstruct(model, start(model, plan), images, schedule)
     finished = reconstruct(model, start(model, plan), images, replace(schedule, finish=150))
     others = smooth(24, seed=2)
     assert divergence(model, plan, finished, others) < 0.6 * divergence(model, plan, blocks, others)
+
+
+def test_the_finish_has_rates_of_its_own(model: nn.Module, plan: Plan, images: Tensor) -> None:
+    still = Rates(codes=0.0, factors=0.0, rest=0.0, soft=0.0)
+    schedule = Schedule(steps=5, batch=8, codes=0.02, order="blocks", finish_rates=still)
+    blocks = reconstruct(model, start(model, plan), images, schedule)
+    assert same(blocks, reconstruct(model, start(model, plan), images, replace(schedule, finish=5)))
+    moving = replace(schedule, finish=5, finish_rates=replace(still, rest=1e-3))
+    assert not same(blocks, reconstruct(model, start(model, plan), images, moving))
 
 
 @pytest.mark.parametrize(("steps", "order", "finish"), [(5, "together", 5), (0, "blocks", 5), (5, "blocks", -1)])

@@ -21,6 +21,23 @@ Part = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Rates:
+    """Learning rates, a step.
+
+    Attributes:
+        codes: of weights, in codes.
+        factors: of logarithms of steps.
+        rest: of norms and biases.
+        soft: of AdaRound's V.
+    """
+
+    codes: float
+    factors: float
+    rest: float
+    soft: float
+
+
+@dataclass(frozen=True)
 class Course:
     """All that an order works with.
 
@@ -39,6 +56,7 @@ class Course:
         seed: of what is drawn.
         precision: of the factors of products.
         finish: steps of all together, behind the last block.
+        finish_rates: their rates; None: those of the steps before.
     """
 
     exact: VisionTransformer
@@ -55,6 +73,7 @@ class Course:
     seed: int
     precision: torch.dtype = torch.float32
     finish: int = 0
+    finish_rates: Rates | None = None
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
@@ -75,7 +94,7 @@ class Unit:
         blocks: how many blocks' errors its loss is the mean of.
         draw: what a step sees, in parts; called with a generator that the step alone decides.
         loss: scalar with a gradient, mean over the images of a part.
-        pace: what the schedule's rates are multiplied by.
+        rates: in place of the schedule's, where given.
     """
 
     linears: Mapping[str, LearningLinear]
@@ -84,7 +103,7 @@ class Unit:
     blocks: int
     draw: Callable[[torch.Generator], Sequence[Part]]
     loss: Callable[[Part], Tensor]
-    pace: float = 1.0
+    rates: Rates | None = None
 
 
 class Order(Protocol):

@@ -23,9 +23,6 @@ from lampq_rt.calibrate.augment import augmented
 from lampq_rt.calibrate.orders.base import ORDERS, Course, Part, Unit, answers_divergence
 from lampq_rt.calibrate.straight_through import held
 
-FINISHING_PACE = 0.5
-"""Of the last unit: all that it moves has been trained."""
-
 
 class Blocks:
     """`Order` of one unit a block, one for what follows them and, where wanted, one of all."""
@@ -58,7 +55,7 @@ class Blocks:
         yield _unit(course, depth, x_hat, x, head_loss)
         if course.finish:
             answering = replace(course, blocks=0.0, answers=1.0)
-            yield from (replace(unit, pace=FINISHING_PACE) for unit in ORDERS.get("together").units(answering))
+            yield from (replace(unit, rates=course.finish_rates) for unit in ORDERS.get("together").units(answering))
 
 
 def _seen(course: Course) -> Tensor:
