@@ -41,6 +41,8 @@ AIMS: Mapping[int, tuple[Aim, Aim]] = {
 }  # fmt: skip
 """By mean bits, of the models of `SHORT`."""
 
+TRAINING_AIMS: Mapping[int, float] = {4: 2 / 3, 3: 1 / 2}
+"""By mean bits: what training should leave of the points that `lampq+` loses, at most."""
 
 FOR_WHOM: Mapping[str, str] = {
     "lampq+w": "the default: weights' bits chosen by layer; activations have 8, which integer units compute on anyway",
@@ -85,6 +87,25 @@ def aims(rows: Sequence[Row]) -> Iterator[str]:
                 for recipe in CHOOSING:
                     cells.append("as `fast`" if bits == 8 else _judged(found.get((name, recipe, bits)), aim))
             yield f"| {bits} | " + " | ".join(cells) + " |"
+
+
+def training(rows: Sequence[Row], count: int = 32) -> Iterator[str]:
+    """What `lampq+rec` leaves of what `lampq+` loses, beside the aims."""
+    found = _by_key(rows, count)
+    yield "\n| mean bits | | `lampq+` | `lampq+rec` | aim | KL before, after | less KL | minutes a plan |"
+    yield "|---" * 8 + "|"
+    for bits, share in TRAINING_AIMS.items():
+        for name, label in SHORT.items():
+            before, after = (found.get((name, recipe, bits)) for recipe in ("lampq+", "lampq+rec"))
+            if before is None or after is None:
+                continue
+            aim = Aim(round(share * before["lost"], 1))
+            yield (
+                f"| {bits} | {label} | {_cell(before)} | {_judged(after, aim)} | {aim} | "
+                f"{before['kl']:.3f}, {after['kl']:.3f} | {100 * (1 - after['kl'] / before['kl']):.0f} % | "
+                f"{'–' if after['seconds'] is None else round(after['seconds'] / 60)} |"
+            )
+    yield ""
 
 
 def short(rows: Sequence[Row]) -> Iterator[str]:

@@ -84,6 +84,7 @@ def main(
                         file.write(json.dumps(row) + "\n")
     rows = list(done.values())
     put_between(out, "aims", accuracy_tables.aims(rows))
+    put_between(out, "training", accuracy_tables.training(rows))
     put_between(out, "accuracy", accuracy_tables.everything(rows))
     if readme is not None:
         put_between(readme, "recipes", accuracy_tables.recipes(rows))

@@ -112,7 +112,7 @@ executes a searched base there."""
 FREE_PENALTIES = ("fisher-output", "fisher-context", "measured")
 """Penalties that tell the operands of a site apart."""
 
-TRAINING = Schedule(steps=200, order="blocks", objective="fisher", codes=0.01, factors=2e-3, rest=1e-3, finish=300)
+TRAINING = Schedule(steps=200, order="blocks", objective="fisher", finish=300)
 """Of `lampq+rec`: block after block, errors weighed by what they do to the answers, then all together towards the
 answers; each gains where the other has ended (docs/calibration.md)."""
 

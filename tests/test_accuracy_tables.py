@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy_tables import FOR_WHOM, Aim, aims, everything, recipes, short
+from benchmarks.accuracy_tables import FOR_WHOM, Aim, aims, everything, recipes, short, training
 from lampq_rt.calibrate import RECIPES
 
 
@@ -49,3 +49,11 @@ def test_recipes_are_those_that_there_are_with_what_was_measured() -> None:
     assert set(FOR_WHOM) < set(RECIPES)
     assert any(line.startswith("| `lampq+` |") and line.endswith("| 4.9 | – | 1, – |") for line in lines)
     assert any(line.startswith("| `lampq+w` |") and line.endswith("| – | – | –, – |") for line in lines)
+
+
+def test_training_stands_beside_its_aims() -> None:
+    lines = list(training([*ROWS, row("deit", "lampq+rec", 4, 3.4, 86.7), row("vit", "lampq+rec", 4, 3.0, 90.0)]))
+    assert [line for line in lines if line.startswith("| 4 | DeiT")] == [
+        "| 4 | DeiT-Tiny | 4.9 (84.0) | 3.4 (86.7), missed | 3.3 | 0.100, 0.100 | 0 % | 0 |"
+    ]
+    assert len(lines) == 4  # ViT-Tiny has no row of `lampq+` at 32 images to be compared with
