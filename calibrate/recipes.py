@@ -114,7 +114,7 @@ FREE_PENALTIES = ("fisher-output", "fisher-context", "measured")
 
 TRAINING = Schedule(steps=200, order="blocks", objective="fisher", finish=300)
 """Of `lampq+rec`: block after block, errors weighed by what they do to the answers, then all together towards the
-answers; each gains where the other has ended (docs/calibration.md)."""
+answers; at 3 bits each gains where the other has ended (docs/calibration.md)."""
 
 RELU_TRAINING = Schedule(steps=300, codes=0.003, factors=5e-4, rest=1e-4, blocks=0.0, answers=1.0, edge=0.0)
 """Of `lampq+relu`: towards the answers alone, so slowly that others than the images trained on gain."""

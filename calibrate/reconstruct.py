@@ -40,7 +40,7 @@ from lampq_rt.simulate import Simulation
 __all__ = ["Rates", "Schedule", "augmented", "reconstruct"]
 
 FINISHING = Rates(codes=0.0025, factors=5e-4, rest=2.5e-4, soft=0.025)
-"""Half of what blocks have: what has been trained block after block is nearly right."""
+"""Half of the default rates: what has been trained block after block is nearly right."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ class Schedule:
             )
         if not 0.0 <= self.drop < 1.0:
             raise ValueError(f"drop {self.drop}; allowed: 0 or more, less than 1")
+        for place, rates in (("", self), ("finish_rates.", self.finish_rates)):
+            for name in (field.name for field in fields(Rates)):
+                rate = getattr(rates, name)
+                if not 0.0 <= rate < math.inf:  # torch would say so, too, but of the finish only behind all blocks
+                    raise ValueError(f"learning rate {place}{name} = {rate}; allowed: 0 or more, finite")
         if self.statistics < 1:
             raise ValueError(f"statistics on {self.statistics} images; allowed: 1 or more")
 
@@ -113,9 +118,9 @@ class Schedule:
         """What tells two schedules apart: choices that came later are named only where they are not the default."""
         chosen = {field.name: field.default for field in fields(self)}
         later = ("objective", "order", "rounding", "soft", "drop", "statistics", "finish")
-        silent = {key for key in later if getattr(self, key) == chosen[key]} | (
-            set() if self.finish else {"finish_rates"}
-        )
+        silent = {key for key in later if getattr(self, key) == chosen[key]}
+        if not self.finish:
+            silent.add("finish_rates")
         return {key: value for key, value in asdict(self).items() if key not in silent}
 
 

