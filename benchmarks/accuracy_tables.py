@@ -44,13 +44,17 @@ AIMS: Mapping[int, tuple[Aim, Aim]] = {
 TRAINING_AIMS: Mapping[int, float] = {4: 2 / 3, 3: 1 / 2}
 """By mean bits: what training should leave of the points that `lampq+` loses, at most."""
 
+TRAINED: Mapping[str, str] = {"lampq+rec": "lampq+", "lampq+w+rec": "lampq+w"}
+"""What trains, and what it starts from. Aims are set for the first."""
+
 FOR_WHOM: Mapping[str, str] = {
     "lampq+w": "the default: weights' bits chosen by layer; activations have 8, which integer units compute on anyway",
     "fast+w": "sooner, and for large models: the same bits in every layer; a mean of 4.5 is served with 4",
     "lampq+": "activations as narrow as the weights, LampQ's convention, which published W4A4 figures share",
     "fast": "the same, with the same bits in every layer",
     "lampq+a": "`lampq+` with 8 bits for q, k, v and softmax output, which have no weights",
-    "lampq+rec": "`lampq+`, then training; give it some hundred images, no labels",
+    "lampq+w+rec": "`lampq+w`, then training; give it some hundred images, no labels",
+    "lampq+rec": "`lampq+`, then the same training",
     "lampq": "LampQ on plain rounding, to compare with",
 }
 """The recipes of the README's choice, and for whom each is."""
@@ -90,21 +94,23 @@ def aims(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def training(rows: Sequence[Row], count: int = 32) -> Iterator[str]:
-    """What `lampq+rec` leaves of what `lampq+` loses, beside the aims."""
+    """What is left of the loss after training, beside the aims."""
     found = _by_key(rows, count)
-    yield "\n| mean bits | | `lampq+` | `lampq+rec` | aim | KL before, after | less KL | minutes a plan |"
-    yield "|---" * 8 + "|"
-    for bits, share in TRAINING_AIMS.items():
-        for name, label in SHORT.items():
-            before, after = (found.get((name, recipe, bits)) for recipe in ("lampq+", "lampq+rec"))
-            if before is None or after is None:
-                continue
-            aim = Aim(round(share * before["lost"], 1))
-            yield (
-                f"| {bits} | {label} | {_cell(before)} | {_judged(after, aim)} | {aim} | "
-                f"{before['kl']:.3f}, {after['kl']:.3f} | {100 * (1 - after['kl'] / before['kl']):.0f} % | "
-                f"{'–' if after['seconds'] is None else round(after['seconds'] / 60)} |"
-            )
+    yield "\n| recipe | mean bits | | before | after | aim | KL before, after | less KL | minutes a plan |"
+    yield "|---" * 9 + "|"
+    for recipe, start in TRAINED.items():
+        for bits, share in TRAINING_AIMS.items():
+            for name, label in SHORT.items():
+                before, after = found.get((name, start, bits)), found.get((name, recipe, bits))
+                if before is None or after is None:
+                    continue
+                aim = Aim(round(share * before["lost"], 1)) if start == "lampq+" else None
+                yield (
+                    f"| `{recipe}` | {bits} | {label} | {_cell(before)} | "
+                    f"{_cell(after) if aim is None else _judged(after, aim)} | {aim or '–'} | "
+                    f"{before['kl']:.3f}, {after['kl']:.3f} | {100 * (1 - after['kl'] / before['kl']):.0f} % | "
+                    f"{'–' if after['seconds'] is None else round(after['seconds'] / 60)} |"
+                )
     yield ""
 
 

@@ -35,7 +35,8 @@ ROWS = Path(__file__).parent / "results" / "accuracy.jsonl"
 MODELS = ("deit_tiny_patch16_224", "vit_tiny_patch16_224")
 RECIPES_SHOWN = ",".join(
     ("lampq", "lampq-paper", "repq", "adalog", "lampq-adalog")
-    + ("fast", "fast+w", "lampq+", "lampq+a", "lampq+w", "lampq+f", "lampq+rec", "lampq+relu")
+    + ("fast", "fast+w", "lampq+", "lampq+a", "lampq+w", "lampq+f")
+    + ("lampq+rec", "lampq+w+rec", "lampq+relu")
 )
 UNIFORM_WIDTHS = (8, 6, 5, 4, 3)
 MIXED_WIDTHS = (6, 5, 4, 3)
@@ -68,7 +69,7 @@ def main(
     recipes: Annotated[
         str, typer.Option(help="Recipes beside uniform; with none, only tables are written.")
     ] = RECIPES_SHOWN,
-    train_images: Annotated[int, typer.Option(help="Images of calib1000/ that lampq+rec trains on.")] = 1000,
+    train_images: Annotated[int, typer.Option(help="Images of calib1000/ that recipes which train see.")] = 1000,
     limit: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
 ) -> None:
     """Fill in the rows that are missing and write the tables."""

@@ -113,8 +113,8 @@ FREE_PENALTIES = ("fisher-output", "fisher-context", "measured")
 """Penalties that tell the operands of a site apart."""
 
 TRAINING = Schedule(steps=200, order="blocks", objective="fisher", finish=300)
-"""Of `lampq+rec`: block after block, errors weighed by what they do to the answers, then all together towards the
-answers; at 3 bits each gains where the other has ended (docs/calibration.md)."""
+"""Of `lampq+rec` and `lampq+w+rec`: block after block, errors weighed by what they do to the answers, then all together
+towards the answers; at 3 bits each gains where the other has ended (docs/calibration.md)."""
 
 RELU_TRAINING = Schedule(steps=300, codes=0.003, factors=5e-4, rest=1e-4, blocks=0.0, answers=1.0, edge=0.0)
 """Of `lampq+relu`: towards the answers alone, so slowly that others than the images trained on gain."""
@@ -305,6 +305,18 @@ for _recipe in (
         False,
         "lampq+, then weights, steps, norms and biases learn from images: minutes, resumable",
         STRONG,
+        compensate=True,
+        schedule=TRAINING,
+    ),
+    Recipe(
+        "lampq+w+rec",
+        "output-error",
+        ("alone",),
+        "milp",
+        True,
+        False,
+        "lampq+w, then the same training",
+        WEIGHTS_ONLY,
         compensate=True,
         schedule=TRAINING,
     ),

@@ -49,7 +49,7 @@ def frontier(
     quality: Annotated[str, typer.Option("--y", help="What is drawn: kl, agreement or top1.")] = "kl",
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,
     train_images: Annotated[
-        int, typer.Option(help="Images that lampq+rec or lampq+relu trains on, of the same folder.", min=1)
+        int, typer.Option(help="Images that recipes which train see, of the same folder.", min=1)
     ] = 512,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="Evaluate on only N images, evenly spaced.", min=1)

@@ -53,14 +53,14 @@ def calibrate(
         str,
         typer.Option(
             help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, fast+w, lampq+, lampq+a, lampq+w, "
-            "lampq+f, lampq+rec or lampq+relu. With +w activations have 8 bits. fast and fast+w take less than "
-            "half of the time and know whole widths only."
+            "lampq+f, lampq+rec, lampq+w+rec or lampq+relu. With +w activations have 8 bits. fast and fast+w take "
+            "less than half of the time and know whole widths only; the last three train, half an hour."
         ),
     ] = "lampq+w",
     labels: Labels = None,
     calib_images: Annotated[int, typer.Option(help="Images to calibrate on, drawn by the seed.", min=1)] = 32,
     train_images: Annotated[
-        int, typer.Option(help="Images that lampq+rec or lampq+relu trains on, of the same folder.", min=1)
+        int, typer.Option(help="Images that recipes which train see, of the same folder.", min=1)
     ] = 512,
     seed: Seed = 0,
     target: Target = "any",
