@@ -182,8 +182,8 @@ class Calibration:
         self._scores: dict[tuple[str, str, int, bool], Score] = {}
 
     @torch.inference_mode(False)
-    def plan(self, budget: Budget, recipe: str = DEFAULT_RECIPE) -> Plan:
-        """The plan of that recipe under `budget`.
+    def plan(self, budget: Budget, recipe: str = DEFAULT_RECIPE, resume: Path | None = None) -> Plan:
+        """The plan of that recipe under `budget`; `resume` keeps the state of its training, in place of the material's.
 
         Raises:
             BudgetError: no choice of bits keeps the budget.
@@ -193,7 +193,8 @@ class Calibration:
         """
         chosen = RECIPES.get(recipe)
         check_recipe(chosen, budget, self.measurements.shard.world)
-        return self._for(chosen.preparation)._plan(budget, chosen)
+        prepared = self._for(chosen.preparation)
+        return prepared._plan(budget, chosen, replace(self.material, resume=resume or self.material.resume))
 
     def _for(self, preparation: Preparation) -> Calibration:
         """The calibration of the model as prepared in that way; what it measures is kept."""
@@ -202,7 +203,7 @@ class Calibration:
             self._prepared[preparation] = Calibration(self.original, m.images, m.labels, setting, preparation)
         return self._prepared[preparation]
 
-    def _plan(self, budget: Budget, chosen: Recipe) -> Plan:
+    def _plan(self, budget: Budget, chosen: Recipe, material: Material) -> Plan:
         limits = self.problems.limits(implied(budget) if chosen.free else budget)
         nominal = self.problems.nominal_bits(chosen.allocator, self._variables(bool(chosen.free)), limits)
         settled = self._all_at_most(limits, nominal)  # then minutes of measuring could not find better
@@ -221,7 +222,7 @@ class Calibration:
             candidates = [self._bare(found) for found in (formats, *(p.formats for p in final[1:]))]
         else:
             candidates = [self.measurements.chosen(chosen.search, formats)]
-        sites, edits, kept = finished(self.measurements, self.original, self.ready, candidates, chosen, self.material)
+        sites, edits, kept = finished(self.measurements, self.original, self.ready, candidates, chosen, material)
         proposal = final[kept]
         facts = Facts(chosen, budget, limits, nominal, proposals, proposal, refined, tuple(edits))
         dtype = self.measurements.residual_dtype

@@ -87,7 +87,7 @@ def frontier(
     bench = Bench(
         output=output, model=model, weights=weights, images=images, eval_images=eval_images, labels=labels,
         calib_images=calib_images, train_images=train_images if _trains(wanted) else None,
-        state=out / sweeps.TRAINING, limit=limit, seed=seed, target=target, device=device, batch=batch,
+        limit=limit, seed=seed, target=target, device=device, batch=batch,
     )  # fmt: skip
     sweep = sweeps.Sweep(out, bench.setting)
     _fill(bench, sweep, wanted, latency)
@@ -177,7 +177,7 @@ def _fill(bench: Bench, sweep: Sweep, wanted: Sequence[tuple[str, float]], timed
         if plan is None:
             bench.load()
             sweep.make()
-            plan = bench.plan(recipe, bits)
+            plan = bench.plan(recipe, bits, sweep.training(recipe, bits))
             sweep.save_plan(plan, recipe, bits)
         seconds = time.perf_counter() - started
         answers = bench.batches()

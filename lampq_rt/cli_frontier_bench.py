@@ -31,7 +31,6 @@ class Bench:
 
     Attributes:
         train_images: number of images to train on, of the same folder as those to calibrate on; None: no recipe trains.
-        state: file that keeps the state of a training.
         report: told of the progress of the calibration.
 
     Raises:
@@ -46,7 +45,6 @@ class Bench:
     labels: Path | None
     calib_images: int
     train_images: int | None
-    state: Path
     limit: int | None
     seed: int
     target: str
@@ -118,7 +116,7 @@ class Bench:
             seed=self.seed,
             device=self.device,
             model_name=self.model,
-            material=Material(more, self.state),
+            material=Material(more),
             report=lambda stage, done, total: self.report(stage, done, total),
         )
 
@@ -126,14 +124,14 @@ class Bench:
         """Read the images, so that one that cannot be read is found before anything is written."""
         assert self.calibration is not None
 
-    def plan(self, recipe: str, bits: float) -> Plan:
-        """The plan of that recipe at that budget, with bars on standard error."""
+    def plan(self, recipe: str, bits: float, state: Path) -> Plan:
+        """The plan of that recipe at that budget, with bars on standard error; `state` is of its training."""
         from lampq_rt.calibrate import Budget
         from lampq_rt.calibrate.progress import reporting
 
         self.output.aside.print(f"[bold]{recipe} at {bits:g} bits[/bold]")
         with reporting(True) as self.report:
-            return self.calibration.plan(Budget(mean_bits=bits), recipe)
+            return self.calibration.plan(Budget(mean_bits=bits), recipe, state)
 
     def batches(self, text: str = "evaluating") -> Iterator[Tensor]:
         """The evaluation images, with a bar."""

@@ -1,8 +1,8 @@
 """Accuracy against bytes and latency over a range of budgets: points, what is kept of them, and who wins.
 
 A sweep is a folder. `sweep.json` says of what (model, weights, images), `points.jsonl` has a line for every finished
-point, `plans/` the plans, `kl/` the divergence of every evaluation image, from which paired errors are taken, and
-`plan.training` the state of a training that was stopped. A sweep that was stopped goes on where it was; one of other
+point, `plans/` the plans and the states of trainings that were stopped, `kl/` the divergence of every evaluation image,
+from which paired errors are taken. A sweep that was stopped goes on where it was; one of other
 weights or images is refused.
 """
 
@@ -24,7 +24,7 @@ from lampq_rt import files
 from lampq_rt.errors import DataError, PlanError
 from lampq_rt.plan import Plan
 
-SWEEP, POINTS, PLANS, ANSWERS, TRAINING = "sweep.json", "points.jsonl", "plans", "kl", "plan.training"
+SWEEP, POINTS, PLANS, ANSWERS = "sweep.json", "points.jsonl", "plans", "kl"
 FILE_LIMIT = 256 << 20
 
 LATER = ("training images",)
@@ -151,7 +151,11 @@ class Sweep:
             PlanError: it could not be written.
         """
         plan.save(self._plan(recipe, bits))
-        (self.folder / TRAINING).unlink(missing_ok=True)
+        self.training(recipe, bits).unlink(missing_ok=True)
+
+    def training(self, recipe: str, bits: float) -> Path:
+        """Where the state of that point's training is kept: its own, so that other points do not get in its way."""
+        return self.folder / PLANS / f"{recipe}-{bits:g}.training"
 
     def saved_plan(self, recipe: str, bits: float, digest: str) -> Plan | None:
         """The plan that a stopped sweep left, if it is whole and was made for these weights."""
