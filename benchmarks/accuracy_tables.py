@@ -50,10 +50,10 @@ TRAINED: Mapping[str, str] = {"lampq+rec": "lampq+", "lampq+w+rec": "lampq+w"}
 FOR_WHOM: Mapping[str, str] = {
     "lampq+w": "the default: weights' bits chosen by layer; activations have 8, which integer units compute on anyway",
     "fast+w": "sooner, and for large models: the same bits in every layer; a mean of 4.5 is served with 4",
+    "lampq+w+rec": "`lampq+w`, then training; give it some hundred images, no labels",
     "lampq+": "activations as narrow as the weights, LampQ's convention, which published W4A4 figures share",
     "fast": "the same, with the same bits in every layer",
     "lampq+a": "`lampq+` with 8 bits for q, k, v and softmax output, which have no weights",
-    "lampq+w+rec": "`lampq+w`, then training; give it some hundred images, no labels",
     "lampq+rec": "`lampq+`, then the same training",
     "lampq": "LampQ on plain rounding, to compare with",
 }
@@ -126,22 +126,22 @@ def short(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
 
 
-def recipes(rows: Sequence[Row], bits: int = 4, count: int = 32) -> Iterator[str]:
-    """The README's choice of recipes: what each loses at that many bits, and how long a plan takes."""
+def recipes(rows: Sequence[Row], widths: Sequence[int] = (4, 3), count: int = 32) -> Iterator[str]:
+    """The README's choice of recipes: what each loses at those mean bits, and how long a plan takes."""
     found = _by_key(rows, count)
-    yield (
-        "\n| recipe | for whom | "
-        + " | ".join(f"points lost, {name}" for name in SHORT.values())
-        + " | seconds a plan |"
-    )
-    yield "|---" * (3 + len(SHORT)) + "|"
+    columns = " | ".join(f"{name} at {bits} bits" for name in SHORT.values() for bits in widths)
+    yield f"\n| recipe | for whom | {columns} | seconds a plan |"
+    yield "|---" * (3 + len(SHORT) * len(widths)) + "|"
     for recipe, reader in FOR_WHOM.items():
-        own = [found.get((name, recipe, bits)) for name in SHORT]
+        plans = [[(name, recipe, bits) for bits in widths] for name in SHORT]
+        own = [found.get(key) for keys in plans for key in keys]
         lost = ("–" if row is None else f"{row['lost']:.1f}" for row in own)
-        seconds = ("–" if row is None or row["seconds"] is None else f"{row['seconds']:.0f}" for row in own)
+        firsts = (next((found[key] for key in keys if key in found), None) for keys in plans)
+        seconds = ("–" if row is None or row["seconds"] is None else f"{row['seconds']:.0f}" for row in firsts)
         yield f"| `{recipe}` | {reader} | " + " | ".join(lost) + f" | {', '.join(seconds)} |"
-    yield f"\nMean {bits} bits, {count} calibration images, points of top-1 lost on {rows[0]['images']:,} images."
-    yield f"Seconds for {' and '.join(SHORT.values())}, on one thread of a busy machine (`benchmarks.results`).\n"
+    yield f"\nPoints of top-1 lost on {rows[0]['images']:,} images at these mean bits, {count} calibration images."
+    yield f"Seconds for {' and '.join(SHORT.values())} at the first that was measured, on one thread of a busy machine"
+    yield "(`benchmarks.results`).\n"
 
 
 def _by_key(rows: Sequence[Row], count: int) -> dict[tuple[str, str, int], Row]:
