@@ -140,8 +140,8 @@ def recipes(rows: Sequence[Row], widths: Sequence[int] = (4, 3), count: int = 32
         seconds = ("–" if row is None or row["seconds"] is None else f"{row['seconds']:.0f}" for row in firsts)
         yield f"| `{recipe}` | {reader} | " + " | ".join(lost) + f" | {', '.join(seconds)} |"
     yield f"\nPoints of top-1 lost on {rows[0]['images']:,} images at these mean bits, {count} calibration images."
-    yield f"Seconds for {' and '.join(SHORT.values())} at the first that was measured, on one thread of a busy machine"
-    yield "(`benchmarks.results`).\n"
+    yield f"Seconds for {' and '.join(SHORT.values())} at the first of these widths measured, on one thread of a"
+    yield "busy machine (`benchmarks.results`).\n"
 
 
 def _by_key(rows: Sequence[Row], count: int) -> dict[tuple[str, str, int], Row]:

@@ -54,7 +54,7 @@ def calibrate(
         typer.Option(
             help="uniform, lampq, lampq-paper, repq, adalog, lampq-adalog, fast, fast+w, lampq+, lampq+a, lampq+w, "
             "lampq+f, lampq+rec, lampq+w+rec or lampq+relu. With +w activations have 8 bits. fast and fast+w take "
-            "less than half of the time and know whole widths only; the last three train, half an hour."
+            "less than half of the time and know whole widths only; the last three train, which takes longest."
         ),
     ] = "lampq+w",
     labels: Labels = None,

@@ -2,8 +2,8 @@
 
 A sweep is a folder. `sweep.json` says of what (model, weights, images), `points.jsonl` has a line for every finished
 point, `plans/` the plans and the states of trainings that were stopped, `kl/` the divergence of every evaluation image,
-from which paired errors are taken. A sweep that was stopped goes on where it was; one of other
-weights or images is refused.
+from which paired errors are taken. A sweep that was stopped goes on where it was; one of other weights or images is
+refused.
 """
 
 from __future__ import annotations

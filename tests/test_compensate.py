@@ -22,7 +22,7 @@ from lampq_rt.simulate import Simulation, simulate
 from tests.plans import VARIANTS, tiny_vit
 
 STRONG = [name for name in RECIPES if RECIPES.get(name).compensate and name != "lampq+w+rec"]
-"""Each has a stage that no other has; that one has the stages of `lampq+w`, then those of `lampq+rec`."""
+"""All that compensate but one, which has the stages of `lampq+w`, then those of `lampq+rec`."""
 
 REWRITING = [name for name in RECIPES if RECIPES.get(name).preparation.rewrites]
 
