@@ -31,7 +31,7 @@ from benchmarks.results import answers
 from lampq_rt import images, models
 from lampq_rt.bench import machine
 from lampq_rt.calibrate import RECIPES, Budget, Material, calibrate
-from lampq_rt.calibrate.reconstruct import Schedule
+from lampq_rt.calibrate.schedule import Schedule
 from lampq_rt.evaluate import kl_divergence
 
 ROWS = Path(__file__).parent / "results" / "objectives.jsonl"
@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "blocks, fisher": {"order": "blocks", "objective": "fisher"},
     "blocks, aph, then answers": {"order": "blocks", "objective": "aph", "finish": FINISH},
     "blocks, fisher, then answers": {"order": "blocks", "objective": "fisher", "finish": FINISH},
+    "blocks, fisher, drop": {"order": "blocks", "objective": "fisher", "drop": 0.5},
     "blocks, suffix": {"order": "blocks", "objective": "suffix"},
     "blocks, mse, adaround (AdaLog)": {"order": "blocks", "rounding": "adaround"},
     "blocks, aph, adaround, drop (APHQ-ViT)": {

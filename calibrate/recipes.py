@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lampq_rt.backends import TABLE_KINDS
-from lampq_rt.calibrate.reconstruct import Schedule
 from lampq_rt.calibrate.rounding import DAMPING
+from lampq_rt.calibrate.schedule import Schedule
 from lampq_rt.registry import Registry
 from lampq_rt.sites import Kind
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from lampq_rt import Plan, models
 from lampq_rt.calibrate import RECIPES, reconstruct
-from lampq_rt.calibrate.reconstruct import Schedule
+from lampq_rt.calibrate.schedule import Schedule
 from lampq_rt.errors import ModelError
 from tests.commands import fail, run, succeed
 

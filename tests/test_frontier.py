@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from lampq_rt import Plan, frontier
 from lampq_rt.calibrate import RECIPES, reconstruct
+from lampq_rt.calibrate.schedule import Schedule
 from lampq_rt.cli import main
 from lampq_rt.errors import DataError
 from lampq_rt.frontier import Point, Sweep, front, table, verdicts
@@ -157,7 +158,7 @@ def test_pictures_are_told_by_their_content(data, tmp_path):
 
 def test_a_recipe_that_trains_has_images_for_it_and_goes_on(data, tmp_path, monkeypatch):
     monkeypatch.setattr(reconstruct, "KEEP_EVERY", 2)
-    short = replace(RECIPES.get("fast"), name="short", schedule=reconstruct.Schedule(steps=4, batch=3))
+    short = replace(RECIPES.get("fast"), name="short", schedule=Schedule(steps=4, batch=3))
     monkeypatch.setitem(RECIPES._entries, "short", short)
     out, seen = tmp_path / "sweep", []
     before = ("--mean-bits", 4, "--recipes", "uniform", "--no-latency")

@@ -16,7 +16,8 @@ from lampq_rt.calibrate.augment import augmented
 from lampq_rt.calibrate.objectives import OBJECTIVES, First, Study, aph, fisher
 from lampq_rt.calibrate.objectives.base import divergence, divergence_gradient, relative_error
 from lampq_rt.calibrate.orders import ORDERS
-from lampq_rt.calibrate.reconstruct import Schedule, reconstruct
+from lampq_rt.calibrate.reconstruct import reconstruct
+from lampq_rt.calibrate.schedule import Schedule
 from lampq_rt.edits import edited
 from lampq_rt.errors import UnknownNameError
 from lampq_rt.plan import Plan

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lampq_rt.calibrate import reconstruct as training
 from lampq_rt.calibrate.drop import Drop
 from lampq_rt.calibrate.learned_rounding import ROUNDINGS, SoftCodes
-from lampq_rt.calibrate.reconstruct import Rates, Schedule, reconstruct
+from lampq_rt.calibrate.reconstruct import reconstruct
+from lampq_rt.calibrate.schedule import Rates, Schedule
 from lampq_rt.calibrate.straight_through import LearningLinear, learning
 from lampq_rt.edits import edited
 from lampq_rt.evaluate import kl_divergence

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 import lampq_rt
 from lampq_rt.calibrate import RECIPES, Budget, Material, calibrate
 from lampq_rt.calibrate import reconstruct as training
+from lampq_rt.calibrate.augment import augmented
 from lampq_rt.calibrate.recipes import Recipe
-from lampq_rt.calibrate.reconstruct import Schedule, augmented, reconstruct
+from lampq_rt.calibrate.reconstruct import reconstruct
+from lampq_rt.calibrate.schedule import Schedule
 from lampq_rt.calibrate.straight_through import learning
 from lampq_rt.edits import edited
 from lampq_rt.errors import DataError

@@ -17,8 +17,8 @@ import lampq_rt
 from lampq_rt import Plan, backends, inspect_plan, plan_io
 from lampq_rt.adapters import describe
 from lampq_rt.calibrate import RECIPES, Budget, Calibration, Material, calibrate
-from lampq_rt.calibrate.reconstruct import Schedule
 from lampq_rt.calibrate.relu import to_relu
+from lampq_rt.calibrate.schedule import Schedule
 from lampq_rt.errors import PlanError
 from lampq_rt.formats import FLOAT_BITS
 from lampq_rt.simulate import simulate
