@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lampq_rt.calibrate.costs import Budget
+from lampq_rt.calibrate.costs.mean_activation_bits import MeanActivationBits
 from lampq_rt.calibrate.recipes import RECIPES, Recipe
 from lampq_rt.errors import BackendError, BudgetError, DataError
 from lampq_rt.simulate import Simulation
@@ -36,7 +37,7 @@ def check_recipe(recipe: Recipe, budget: Budget, processes: int) -> None:
         DataError: a part of the recipe sees all images at once.
     """
     unit, width = "mean_activation_bits", recipe.preparation.activations
-    if width and unit in budget and (limit := budget.resolve(unit, full=32.0)) < width:
+    if width and unit in budget and (limit := budget.resolve(unit, full=MeanActivationBits.full)) < width:
         allowed = ", ".join(name for name in RECIPES if not RECIPES.get(name).preparation.activations)
         raise BudgetError(
             f"{unit} = {limit:g} cannot be met by recipe {recipe.name}, whose activations have {width} bits; "

@@ -24,6 +24,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lampq_rt.calibrate import stream
 from lampq_rt.calibrate.drop import Drop
 from lampq_rt.calibrate.learned_rounding import ROUNDINGS
 from lampq_rt.calibrate.objectives import OBJECTIVES, First, Study
@@ -33,11 +34,15 @@ from lampq_rt.calibrate.resume import Resume
 from lampq_rt.calibrate.schedule import Schedule
 from lampq_rt.calibrate.straight_through import LearningLinear, held, learning, learning_matmuls
 from lampq_rt.errors import DataError
+from lampq_rt.evaluate import kl_divergence
 from lampq_rt.plan import SiteParams, update_digest, weights_digest
 from lampq_rt.simulate import Simulation
 
 WARM_UP = 10
 """Steps in which the rates rise."""
+
+LEAST_SHARE = 0.5
+"""Of its rates that a plan is trained at which hardly diverges."""
 
 KEEP_EVERY = 20
 """Steps between two states kept."""
@@ -75,6 +80,9 @@ def reconstruct(
     origin = _frozen(model, images.device)
     exact = origin if teacher is None or teacher is model else _frozen(teacher, images.device)
     state, digest = Resume(resume), _digest(quantised, (origin, exact), images, schedule, seed)
+    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: schedule.statistics]
+    some = images[drawn.to(images.device)]
+    share = _share_of_rates(schedule, exact, quantised, some)
     precision = product_precision(images.device)
     linears = learning(quantised, precision)
     _start_near(linears, origin, schedule.edge)
@@ -82,15 +90,14 @@ def reconstruct(
     matmuls = learning_matmuls(quantised)
     begin, tensors = state.load(digest)
     first = First({name.removeprefix("first."): t for name, t in tensors.items() if name.startswith("first.")})
-    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: schedule.statistics]
-    study = Study(_vit(exact), _vit(quantised.model), images[some.to(images.device)], first)
+    study = Study(_vit(exact), _vit(quantised.model), some, first)
     error = OBJECTIVES.get(schedule.objective).measure(study)  # before `_restore_model`: of the model as it came
     course = Course(
         study.exact, study.quantised, linears, matmuls, rest, images, error,
         schedule.steps, schedule.batch, schedule.blocks, schedule.answers, seed, precision,
         schedule.finish, schedule.finish_rates,
     )  # fmt: skip
-    training = _Training(course, schedule, first, state, digest, progress)
+    training = _Training(course, schedule, share, first, state, digest, progress)
     training.run(begin, tensors)
     sites = {name: linear.learned() for name, linear in linears.items()}
     sites.update({name: matmul.learned() for name, matmul in matmuls.items()})
@@ -101,9 +108,16 @@ class _Training:
     """The steps of a course, one unit after the other."""
 
     def __init__(
-        self, course: Course, schedule: Schedule, first: First, state: Resume, digest: str, progress: Progress | None
+        self,
+        course: Course,
+        schedule: Schedule,
+        share: float,
+        first: First,
+        state: Resume,
+        digest: str,
+        progress: Progress | None,
     ) -> None:
-        self.course, self.schedule, self.first = course, schedule, first
+        self.course, self.schedule, self.share, self.first = course, schedule, share, first
         self.state, self.digest, self.progress = state, digest, progress
         self.order, self.rounding = ORDERS.get(schedule.order), ROUNDINGS.get(schedule.rounding)
         self.steps = self.order.steps(course)
@@ -129,9 +143,9 @@ class _Training:
         _restore(optimiser, tensors, begin)
         steps = range(begin, count if _learners(optimiser) else 0)
         for step in steps:
-            share = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * step / count))
+            now = self.share * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1.0 + math.cos(math.pi * step / count))
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * share
+                group["lr"] = rate * now
             optimiser.zero_grad(set_to_none=True)
             self._gradients(unit, number, step)
             optimiser.step()
@@ -190,6 +204,20 @@ class _Training:
         model = {f"model.{name}": parameter.detach().clone() for name, parameter in self._model().items()}
         first = {f"first.{name}": value for name, value in self.first.values.items()}
         self.state.save(self.digest, done, {**kept, **model, **first})
+
+
+@torch.no_grad()
+def _share_of_rates(schedule: Schedule, exact: nn.Module, quantised: nn.Module, images: Tensor) -> float:
+    """What the rates are multiplied by, at most 1; measured on those images.
+
+    Adam's steps have the size of the rate whatever the gradient's. What is to be mended is of the size of the error,
+    whose square the divergence is; steps much larger than that only scatter codes that were right.
+    """
+    if not schedule.full_rates:
+        return 1.0
+    parts = images.split(stream.GRAPH)
+    mean = float(torch.cat([kl_divergence(exact(part), quantised(part)) for part in parts]).mean())
+    return min(1.0, max(LEAST_SHARE, math.sqrt(max(mean, 0.0) / schedule.full_rates)))
 
 
 def _vit(model: nn.Module) -> VisionTransformer:

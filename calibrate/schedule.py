@@ -38,6 +38,9 @@ class Schedule:
         statistics: images that an objective measures its statistics on, before training.
         finish: steps, behind order "blocks", of all together towards the answers alone (`orders.blocks`).
         finish_rates: their learning rates.
+        full_rates: divergence of the plan's answers before training, in nats, from which on the rates are as given; of
+            a plan that diverges less all are lower, by the square root of the ratio, down to half (`reconstruct`). 0:
+            they are as given.
 
     Raises:
         UnknownNameError: no such objective, order or rounding.
@@ -60,6 +63,7 @@ class Schedule:
     statistics: int = 32
     finish: int = 0
     finish_rates: Rates = FINISHING
+    full_rates: float = 0.0
 
     def __post_init__(self) -> None:
         objective = OBJECTIVES.get(self.objective)
@@ -84,13 +88,15 @@ class Schedule:
                 rate = getattr(rates, name)
                 if not 0.0 <= rate < math.inf:  # torch would say so, too, but of the finish only behind all blocks
                     raise ValueError(f"learning rate {place}{name} = {rate}; allowed: 0 or more, finite")
+        if not 0.0 <= self.full_rates < math.inf:
+            raise ValueError(f"full rates from a divergence of {self.full_rates} on; allowed: 0 or more, finite")
         if self.statistics < 1:
             raise ValueError(f"statistics on {self.statistics} images; allowed: 1 or more")
 
     def facts(self) -> dict[str, Any]:
         """What tells two schedules apart: choices that came later are named only where they are not the default."""
         chosen = {field.name: field.default for field in fields(self)}
-        later = ("objective", "order", "rounding", "soft", "drop", "statistics", "finish")
+        later = ("objective", "order", "rounding", "soft", "drop", "statistics", "finish", "full_rates")
         silent = {key for key in later if getattr(self, key) == chosen[key]}
         if not self.finish:
             silent.add("finish_rates")

@@ -20,6 +20,7 @@ from lampq_rt.cli_common import (
     Seed,
     Target,
     Weights,
+    check_destination,
     check_target,
     names,
     percent,
@@ -177,7 +178,10 @@ def _fill(bench: Bench, sweep: Sweep, wanted: Sequence[tuple[str, float]], timed
         if plan is None:
             bench.load()
             sweep.make()
-            plan = bench.plan(recipe, bits, sweep.training(recipe, bits))
+            state = sweep.training(recipe, bits)
+            if _trains([(recipe, bits)]):
+                check_destination(state, "state of the training")
+            plan = bench.plan(recipe, bits, state)
             sweep.save_plan(plan, recipe, bits)
         seconds = time.perf_counter() - started
         answers = bench.batches()

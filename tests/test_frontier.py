@@ -175,7 +175,14 @@ def test_a_recipe_that_trains_has_images_for_it_and_goes_on(data, tmp_path, monk
     monkeypatch.setattr(reconstruct._Training, "_gradients", interrupted)
     assert run(*arguments(data, out, *given)).exit_code != 0
     state = out / "plans" / "short-4.training"
-    assert state.is_file() and not state.with_suffix(".plan").exists()
+    kept = state.read_bytes()
+    state.unlink()
+    state.mkdir()
+    result = run(*arguments(data, out, *given))
+    assert result.exit_code == 2 and len(seen) == 4 and "short-4.training" in result.stderr, result.stderr
+    state.rmdir()
+    state.write_bytes(kept)
+    assert not state.with_suffix(".plan").exists()
     other = ("--mean-bits", 3, *given[2:])
     assert run(*arguments(data, out, *other)).exit_code == 0 and state.is_file()  # another point leaves it alone
     del seen[4:]

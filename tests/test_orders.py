@@ -157,6 +157,34 @@ def test_a_rate_that_is_none_is_refused_before_the_work(rate: float) -> None:
         Schedule(steps=5, order="blocks", finish=5, finish_rates=Rates(codes=rate, factors=0.0, rest=0.0, soft=0.0))
 
 
+def test_a_plan_that_hardly_diverges_is_trained_at_lower_rates(model: nn.Module, plan: Plan, images: Tensor) -> None:
+    schedule = Schedule(steps=5, batch=8, order="blocks", statistics=len(images))
+    with torch.no_grad():
+        before = float(kl_divergence(model(images), start(model, plan)(images)).mean())
+
+    def way(found: Learned) -> Tensor:
+        steps = [t.log() for p in found[0].values() for key, t in p.tensors.items() if key.endswith(".scale")]
+        return torch.cat([t.flatten() for t in (*found[1].values(), *steps)])
+
+    still = replace(schedule, codes=0.0, factors=0.0, rest=0.0)
+    begin, whole = (way(reconstruct(model, start(model, plan), images, s)) for s in (still, schedule))
+    diverging = replace(schedule, full_rates=0.9 * before)
+    assert torch.equal(whole, way(reconstruct(model, start(model, plan), images, diverging)))
+    quarter = reconstruct(model, start(model, plan), images, replace(schedule, full_rates=4.0 * before))
+    halves = {name: getattr(schedule, name) / 2 for name in ("codes", "factors", "rest", "soft")}
+    half = reconstruct(model, start(model, plan), images, replace(schedule, **halves))
+    assert (way(half) - begin).norm() < 0.75 * (whole - begin).norm()
+    assert (way(quarter) - way(half)).norm() < 0.05 * (way(half) - begin).norm()
+    tiny = reconstruct(model, start(model, plan), images, replace(schedule, full_rates=400.0 * before))
+    assert same(tiny, quarter)  # never less than half
+
+
+@pytest.mark.parametrize("least", [-1.0, float("nan"), float("inf")])
+def test_a_divergence_that_is_none_is_refused(least: float) -> None:
+    with pytest.raises(ValueError, match="full rates from a divergence of .* on; allowed: 0 or more, finite"):
+        Schedule(steps=5, full_rates=least)
+
+
 def test_a_block_learns_from_what_the_trained_prefix_gives(model: nn.Module, plan: Plan, images: Tensor) -> None:
     from lampq_rt.calibrate.orders import ORDERS, Course
 
