@@ -14,7 +14,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,7 +118,7 @@ def _rows(
 def _plans(model: nn.Module, size: Sequence[int]) -> dict[str, Plan]:
     """Stand-ins with the widths that `PLANS` says, and with 8 bits everywhere for comparison."""
     images = torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
-    by_width = {w: replace(stand_in_plan(model, images, w), residual_dtype="float16") for w in (4, 8, 16)}
+    by_width = {w: stand_in_plan(model, images, w) for w in (4, 8, 16)}
     sites = describe(model).sites
     mixed = {
         label: by_width[8].with_sites({site.name: by_width[width(site)].sites[site.name] for site in sites})

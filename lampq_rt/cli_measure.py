@@ -84,6 +84,8 @@ def evaluate(
     preprocess = pictures.preprocessing(model)
     original = None if checkpoint is not None and weights is None else load_model(model, weights)
     ours = _candidate(model, original, plan, checkpoint, backend)
+    if backend == "cuda" and original is not None:
+        original = original.to(backend)
     chosen = pictures.spread(files, limit)
     truth = true_classes(labels, images, files, chosen, original if original is not None else ours)
     batches = pictures.batches(chosen, preprocess, batch)

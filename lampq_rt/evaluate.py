@@ -6,6 +6,7 @@ points, of the difference far less. KL(original || quantised) is in nats, the me
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -63,9 +64,9 @@ def evaluate(
     """Run `model`, and `original` beside it, over all batches.
 
     Args:
-        model: images [B, C, H, W] to logits [B, classes]; may be `original` itself.
+        model: images [B, C, H, W] to logits [B, classes]; may be `original` itself, and lie on another device.
         original: the floating-point model, or None where its weights are not at hand.
-        batches: fp32 images, on the device of both models.
+        batches: fp32 images, on any device.
         labels: int64 [images] of the classes, in the order of the batches.
 
     Raises:
@@ -79,7 +80,7 @@ def evaluate(
             ours = _logits(model, images, sums.images, "the quantised model" if model is not original else "the model")
             theirs = ours if model is original else None
             if original is not None and theirs is None:
-                theirs = _logits(original, images, sums.images, "the original model")
+                theirs = _logits(original, images, sums.images, "the original model").to(ours.device)
             truth = None
             if labels is not None:
                 truth = labels[sums.images : sums.images + len(images)].to(ours.device)
@@ -98,8 +99,14 @@ def kl_divergence(original: Tensor, quantised: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def _device(model: nn.Module, images: Tensor) -> torch.device:
+    """Where a model expects its images; one without parameters and buffers takes them as they are."""
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), images)
+    return tensor.device
+
+
 def _logits(model: nn.Module, images: Tensor, first: int, what: str) -> Tensor:
-    logits = model(images)
+    logits = model(images.to(_device(model, images)))
     if logits.ndim != 2 or not logits.shape[1]:
         raise ModelError(f"{what} gives {tuple(logits.shape)}, not logits [images, classes]; has it a classifier?")
     finite = torch.isfinite(logits).all(-1)

@@ -1,8 +1,8 @@
 """Memory of this process: how much a forward pass needs at its peak, and an allocator that treats all variants alike.
 
 Peak memory on a CPU is the growth of the resident set from before a variant was built to the peak of a forward pass
-after warm-up: weights, repacked weights and activations, not what a compiler needed for a while. On a GPU it is
-PyTorch's own count.
+after warm-up: weights, repacked weights and activations, not what a compiler needed for a while. On a GPU it is what
+PyTorch's allocator has taken: what a CUDA graph needs between its kernels stays with its pool, but counts as free.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class PeakMemory:
         forget()
         self.device = device
         self.peak_bytes: int | None = None
-        self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+        self.before = torch.cuda.memory_reserved(device) if device.type == "cuda" else _status("VmRSS")
 
     @contextmanager
     def peak(self) -> Iterator[None]:
@@ -93,7 +93,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             yield
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - (self.before or 0)
+            self.peak_bytes = torch.cuda.max_memory_reserved(self.device) - (self.before or 0)
             return
         try:
             (_PROCESS / "clear_refs").write_text("5")  # the peak starts again from here (Linux)

@@ -54,7 +54,7 @@ def stand_in_plan(
             formats = backends.formats(site.kind, width, input_bits=input_bits)
             sites[site.name] = _params(site, formats, seen[site.name], simulation)
     provenance = {"recipe": {"name": "stand-in", "description": "one width, steps from one forward pass"}}
-    return Plan(simulation.description.architecture, weights_digest(model), sites, provenance, "float32")
+    return Plan(simulation.description.architecture, weights_digest(model), sites, provenance)
 
 
 def _params(site: Site, formats: dict[str, Format], seen: tuple[Tensor, ...], simulation: Simulation) -> SiteParams:

@@ -46,6 +46,22 @@ def test_figures_by_hand():
     assert list(found.to_json()) == keys
 
 
+def test_every_model_gets_images_on_its_own_device():
+    class Elsewhere(Fixed):
+        def __init__(self, channel):
+            super().__init__(channel)
+            self.register_buffer("here", torch.zeros(1, device="meta"))
+
+        def forward(self, images):
+            assert images.device.type == "meta"
+            return super().forward(pictures)
+
+    pictures = images_of(TEACHER, STUDENT)
+    found = evaluate(Elsewhere(1), Fixed(0), [pictures], LABELS)
+    assert (found.top1, found.fp32_top1, found.agreement) == (50.0, 75.0, 75.0)
+    assert evaluate(Fixed(1), Elsewhere(0), [pictures]).agreement == 75.0
+
+
 def test_the_direction_of_kl():
     sharp, flat = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0]])
     assert float(kl_divergence(sharp, flat)) != pytest.approx(float(kl_divergence(flat, sharp)))

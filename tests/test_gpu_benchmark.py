@@ -109,8 +109,9 @@ def test_wrong_results_are_called_wrong(job: Job, monkeypatch: pytest.MonkeyPatc
                 if mistake == "nan":
                     return torch.full_like(found, torch.nan) if name == "linear_float" else found
                 first = found[0] if isinstance(found, tuple) else found
-                if first is not None and (mistake == "codes" or len(calls) % 2):
-                    first.view(-1)[0] ^= 64 if first.dtype != torch.float16 else 0
+                codes = first is not None and not first.is_floating_point()
+                if codes and (mistake == "codes" or len(calls) % 2):
+                    first.view(-1)[0] ^= 64
                 return found
 
             return call
@@ -167,6 +168,49 @@ def test_a_second_call_has_the_tuning_of_the_first(monkeypatch: pytest.MonkeyPat
     assert not command.is_done(first, "new"), "a part that stopped itself goes on in the next call"
     first["data"]["left"] = 0
     assert command.is_done(first, "new")
+    for failed in ({"w8a8": {"median": 1.0}, "bf16": {"error": "memory"}}, [{"error": "memory"}]):
+        first["data"]["rows"] = failed
+        assert not command.is_done(first, "new") and command.has_errors(first), "what failed is tried again"
+    first["data"]["rows"] = {"w8a8": {"median": 1.0}}
+    assert command.is_done(first, "new") and not command.has_errors(done["x"]) and not command.has_errors(None)
+
+
+def test_what_failed_is_tried_again_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def run(part: plan.Part, *rest: Any) -> dict[str, Any]:
+        ran.append(part.name)
+        return {"ok": True, "seconds": 1.0, "data": {"rows": [{"ms": 1.0}], "summary": ""}}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "_run", run)
+    monkeypatch.setattr(command, "PARTS", tuple(plan.Part(name) for name in ("failed", "right", "new")))
+    entry = {"ok": True, "seconds": 1.0, "sources": plan.sources_digest()}
+    rows = {"failed": [{"error": "memory"}], "right": [{"ms": 1.0}]}
+    kept = {name: {**entry, "data": {"rows": found, "summary": ""}} for name, found in rows.items()}
+    (tmp_path / "kept.json").write_text(json.dumps({"parts": kept}))
+    app = typer.Typer()
+    app.command()(command.main)
+    given = ["--out", str(tmp_path / "out"), "--resume", str(tmp_path / "kept.json")]
+    assert CliRunner().invoke(app, given, catch_exceptions=False).exit_code == 0
+    assert ran == ["new", "failed"]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_checks_go_on_where_they_ran_out_of_time(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = checks.correctness(job)
+    assert whole["left"] == 0
+    half = {**whole, "rows": [{**whole["rows"][0], "wrong": True}, *whole["rows"][1:7]], "left": len(whole["rows"]) - 7}
+    compared, inner = [], checks._compared
+    monkeypatch.setattr(checks, "_compared", lambda name, args: compared.append(name) or inner(name, args))
+    again = checks.correctness(replace(job, earlier=half))
+    assert len(compared) == len(whole["rows"]) - 6, "what was right stands, what was wrong is looked at again"
+    assert again["wrong"] == [] and {r["case"] for r in again["rows"]} == {r["case"] for r in whole["rows"]}
+
+
+def test_cases_have_names_of_their_own() -> None:
+    labels = [label for label, _, _ in cases.cases()]
+    assert len(set(labels)) == len(labels)
 
 
 class Tuner:

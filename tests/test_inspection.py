@@ -55,6 +55,21 @@ def test_nvidia() -> None:
     assert made.mix["async copy"] == made.mix["global store"] == 1 and "global load" not in made.mix
 
 
+def test_registers_that_a_matrix_instruction_still_reads() -> None:
+    begin = "--:-:-:-:1\tIGMMA.64x64x32.S8.S8 R24, R56, gdesc[UR4], R24, gsb0;\n"
+    end = "--:-:-:-:2\tWARPGROUP.DEPBAR.LE gsb0, 0x0;\n"
+
+    def found(between: str, behind: str = "") -> int:
+        return read_nvidia("sm90", "", f"{begin}--:-:-:-:1\t{between};\n{end}{behind}", 0).overwritten
+
+    assert found("IADD3 R57, R1, R2, R3") == found("@P0 LDS.64 R58, [R2+0x40]") == found("CS2R R59, SRZ") == 1
+    assert found("LDS.64 R55, [R2]") == found("LDS.128 R53, [R2]") == found("SHFL.BFLY PT, R58, R4, 0x1, 0x1f") == 1
+    assert found("STS [R56], R57") == found("IADD3 R60, R56, R57, R58") == found("UIADD3 UR56, UR4, UR5, URZ") == 0
+    assert found("NOP", "--:-:-:-:1\tIADD3 R57, R1, R2, R3;\n") == 0
+    shared = "--:-:-:-:1\tIGMMA.64x64x32.S8.S8 R24, gdesc[UR4], R24, gsb0;\n--:-:-:-:1\tIADD3 R4, R1, R2, R3;\n"
+    assert read_nvidia("sm90", "", shared, 0).overwritten == 0
+
+
 def test_amd() -> None:
     made = read_amd("gfx942", AMD, 1024)
     assert (made.wgmma, made.mma, made.mfma) == (0, 0, 1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from lampq_rt import tuning
 from lampq_rt.cli import main
 from lampq_rt.errors import FormatError
-from lampq_rt.kernels.gpu import configs, offline, tables, tune
+from lampq_rt.kernels.gpu import configs, offline, scratch, tables, tune
 from lampq_rt.kernels.gpu.work import LinearWork, Recorder
 from tests.plans import VARIANTS, tiny_vit
 
@@ -152,6 +153,34 @@ def test_no_candidate_starts_the_same_kernel_as_another() -> None:
             configs_ = [config for config, start in tune.starts(work) if start() is None]
         assert len({(launch.key, launch.grid) for launch in launches}) == len(launches) == len(configs_)
         assert (max(config.split_k for config in configs_) > 1) == (work.epilogue != "heads")
+
+
+def test_a_launch_is_timed_from_a_graph_that_clears_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What split K shares is made before the capture: a fill inside would count as the kernel's."""
+    state, made, replayed = {"capturing": False}, [], []
+
+    class Graph:
+        def replay(self) -> None:
+            replayed.append(True)
+
+    @contextmanager
+    def capture(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+        state["capturing"] = True
+        yield
+        state["capturing"] = False
+
+    def launch() -> None:
+        sums, _ = scratch.split_scratch(torch.empty(1), 64, 1)
+        made.append((state["capturing"], sums.data_ptr()))
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with scratch.captured(launch) as replay:
+        replay()
+    assert [capturing for capturing, _ in made] == [False, True] and made[0][1] == made[1][1] and replayed == [True]
+    launch()
+    assert made[2][1] != made[0][1], "memory of its own"
 
 
 def test_two_kernels_are_timed_as_one_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ packages.
 The most valuable comes first. Every part is a process of its own with a time limit; what it finds is kept row by row,
 a part that fails or is stopped is recorded with its rows and the end of its output, and the rest goes on. A second
 call with `--resume` (by default the results kept in benchmarks/results) goes on where the first stopped, with the
-tuning of the first, also within a part that ran out of time, and does again what the kernels' sources have outdated.
+tuning of the first, also within a part that ran out of time, does again what the kernels' sources have outdated, and
+last what has a row that failed.
 DIR then holds results.json, tuning tables and a log: at most eight files.
 """
 
@@ -53,7 +54,7 @@ def main(
     done: dict[str, Any] = json.loads(resume.read_text())["parts"] if resume.is_file() else {}
     done = {name: entry for name, entry in done.items() if name not in PER_MACHINE}
     restore_tables(done, digest)
-    for part in PARTS:
+    for part in sorted(PARTS, key=lambda part: has_errors(done.get(part.name))):
         if not part.name.startswith(only) or is_done(done.get(part.name), digest):
             continue
         left = deadline - time.monotonic() - RESERVE_S
@@ -72,7 +73,14 @@ def main(
 
 def is_done(entry: dict[str, Any] | None, digest: str) -> bool:
     """True for the result of a part that ended well, with these sources, and left nothing for a next call."""
-    return bool(entry and entry["ok"] and entry["sources"] == digest and not (entry["data"] or {}).get("left"))
+    whole = entry and entry["ok"] and entry["sources"] == digest and not (entry["data"] or {}).get("left")
+    return bool(whole) and not has_errors(entry)
+
+
+def has_errors(entry: dict[str, Any] | None) -> bool:
+    """True for the result of a part of which a row failed: it is tried again, behind all that was never run."""
+    rows = (entry and entry["data"] or {}).get("rows") or ()
+    return any("error" in row for row in (rows.values() if isinstance(rows, dict) else rows))
 
 
 def earlier_facts(entry: dict[str, Any] | None, digest: str) -> dict[str, Any]:

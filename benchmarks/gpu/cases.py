@@ -50,6 +50,7 @@ def cases() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield _rows_case(args, label)
         if w_bits <= 4:
             yield _rows_case(*_with_levels(args, label))
+    yield from _float_cases()
     for batch, tokens, heads, head_dim in ((2, 197, 3, 64), (1, 198, 2, 32), (2, 49, 2, 48), (1, 577, 2, 80)):
         yield from _attention_cases(batch, tokens, heads, head_dim)
 
@@ -88,6 +89,29 @@ def _linear_cases(m: int, k: int, n: int, a_bits: int, w_bits: int) -> Iterator[
         yield _rows_case(args, label)
     if w_bits <= 4:
         yield from _weight_level_cases(args, label)
+
+
+def _float_cases() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """What plans with layers in floating point launch, in every dtype of the residual stream; and a single row."""
+    args, label = _operands(67, 192, 320, 8, 8)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        yield f"float gelu {name} {label}", "linear_float", (*args, "gelu", dtype)
+        yield f"residual {name} {label}", "linear_residual", (torch.randn(1, 67, 320).to(dtype), *args)
+    for a_bits, w_bits in ((8, 8), (8, 4), (4, 4)):
+        args, label = _operands(1, 768, 1000, a_bits, w_bits)
+        yield f"float {label}", "linear_float", (*args, "none", torch.float32)
+    x_q, w_q, scale, column, bias = _operands(2 * 50, 192, 576, 4, 4)[0]
+    steps = (torch.rand(9) * 20 + 20).repeat_interleave(64)
+    heads = (x_q.view(2, 50, -1), w_q, scale, column, bias, 3, steps / 8, 5, 4)
+    yield "qkv of packed codes, q and k 5 bits, v 4", "linear_qkv", heads
+    q, k, v = (_codes((2, 3, 50, 64), 8) for _ in range(3))
+    operands = (q, k, reference.transpose_v(v), torch.rand(3) * 1e-3, torch.rand(3) + 0.1)
+    for p in ((8, "rowmax"), (4, "log2"), (4, "cubic")):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            name = str(dtype).removeprefix("torch.")
+            yield f"attention {name} {p[1]} p{p[0]}", "attention", (*operands, *p, 0.0, 0, 16, dtype)
+        yield f"attention packed {p[1]} p{p[0]}", "attention", (*operands, *p, 0.1, -2, 4, torch.int4)
 
 
 def _with_levels(args: tuple[Any, ...], label: str) -> tuple[tuple[Any, ...], str, Tensor]:

@@ -39,7 +39,7 @@ def compile_ahead(job: Job) -> Facts:
     """Fill Triton's cache with what the next parts launch, on all cores: compiling takes most of their time."""
     arch, workers, until = tuning.gpu_architecture(), compile_workers(), job.until - LAST_SECONDS
     started = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         counts = pool.starmap(compile_share, [(arch, share, workers, until) for share in range(workers)])
     made, failed, left = (sum(column) for column in zip(*counts, strict=True))
     seconds = time.monotonic() - started
@@ -70,10 +70,13 @@ def compile_share(arch: str, share: int, shares: int, until: float) -> tuple[int
 def launches_ahead(arch: str) -> list[offline.Launch]:
     """What `correctness`, `gemm` and the tuner start on `arch`, the checks' kernels first."""
     from benchmarks.gpu.cases import cases
+    from benchmarks.gpu.checks import in_one_kernel, rows_config
 
     with offline.recording(arch) as launches:
         for _, name, args in cases():
             getattr(impl, name)(*args)
+            if name == "linear_residual_layernorm" and (config := rows_config(args)) is not None:
+                in_one_kernel(config, args)
         for work, levels in gemm_works():
             table = torch.empty(reference.LEVELS, dtype=torch.int8, device="meta") if levels else None
             for _, launch in tune.starts(work, levels=table):

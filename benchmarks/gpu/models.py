@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -17,4 +15,4 @@ def timing_plan(model: nn.Module, bits: int | None, input_bits: int | None) -> P
     """All linears at `bits`, inputs at `input_bits`; None: wide qkv and fc1, narrow proj and fc2, as LampQ chooses."""
     images = torch.randn(1, 3, *model.patch_embed.img_size)
     widths = MIXED if bits is None else {"default": bits, "qk": 8, "pv": 8, "head": 8}
-    return replace(stand_in_plan(model, images, widths, input_bits=input_bits), residual_dtype="float16")
+    return stand_in_plan(model, images, widths, input_bits=input_bits)

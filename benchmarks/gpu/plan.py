@@ -64,8 +64,8 @@ PER_MACHINE = ("compile", "ceilings")
 def sources_digest() -> str:
     """Digest of the sources that a timing depends on; a result made from others is outdated."""
     digest = hashlib.sha256()
-    for folder in ("kernels/gpu", "lampq_rt"):
+    for folder in ("kernels", "kernels/gpu", "lampq_rt"):
         for path in sorted((ROOT / folder).glob("*.py")):
-            if folder == "kernels/gpu" or path.name.startswith(("modules", "runner")):
+            if folder != "lampq_rt" or path.name.startswith(("modules", "runner", "compiler", "standin")):
                 digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -56,13 +56,16 @@ LINEAR_CANDIDATES = tuple(
     for m, n, k, w, s in (
         (128, 128, 128, 8, 3), (128, 128, 128, 4, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 128, 8, 3),
         (256, 128, 64, 8, 3), (128, 64, 128, 4, 4), (64, 128, 128, 4, 4), (64, 256, 64, 4, 4), (64, 64, 128, 4, 4),
-        (64, 64, 64, 4, 5),
+        (64, 64, 64, 4, 5), (64, 128, 256, 4, 2), (128, 128, 256, 8, 2),
     )
 ) + tuple(LinearConfig(128, 128, k, stages=s, registers=128) for k, s in ((64, 4), (128, 3)))  # fmt: skip
 """What the tuner tries, before it drops what a GPU cannot hold.
 
 The last two hold a 128 x 128 tile to 128 registers, of which the compiler alone takes 135 to 222: two programs then
 share a processor of a Hopper, at the price of some 20 instructions that spill in the epilogue.
+
+Triton waits for a Hopper's int8 products at the end of every step (it overlaps them with the next only where sums are
+fp32), so a step of 256 channels waits half as often as one of 128.
 """
 
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm86": 99 * 1024, "sm89": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024,
@@ -168,14 +171,18 @@ def attention_config(tokens: int, head_dim: int, arch: str, p_scheme: str = "row
 
     With fp16 weights of P ("log2") beside them, one tile of 256 columns needs twice as many threads, or two passes
     where heads are wide. On AMD always four warps, see `attention_options`.
+
+    A Hopper's wgmma takes 64 rows of four warps. Eight would all do the same 64 rows' logits and exponentials twice, so
+    they take 128 rows there, or are four.
     """
-    amd = arch.startswith("gfx")
+    amd, hopper = arch.startswith("gfx"), arch == "sm90"
     if tokens <= MAX_TOKENS_ON_CHIP:
         tiles = column_tiles(tokens)
         crowded = p_scheme == "log2" and tiles[0] == 256
         if not crowded or head_dim <= 96:
-            return AttentionConfig(64, tiles, True, 8 if crowded and not amd else 4)
-    return AttentionConfig(64, (LONG_TILE, 0, 0), False, 4 if head_dim <= 64 or amd else 8)
+            rows = 128 if crowded and hopper else 64
+            return AttentionConfig(rows, tiles, True, 8 if crowded and not amd else 4)
+    return AttentionConfig(64, (LONG_TILE, 0, 0), False, 4 if head_dim <= 64 or amd or hopper else 8)
 
 
 def attention_options(arch: str) -> dict[str, int]:

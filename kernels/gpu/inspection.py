@@ -45,6 +45,8 @@ class Compiled:
         copy_bytes: those of `load_bytes` that go to shared memory by themselves: what the loop of a linear loads
             (NVIDIA; AMD's loads all pass through registers).
         spills: local-memory (AMD: scratch) instructions.
+        overwritten: instructions that write to a register which an asynchronous matrix instruction may still read
+            (Hopper); such a kernel computes wrong numbers, see `_overwritten`.
         shared_bytes: shared memory of one program.
         registers: of one thread; on AMD vector and accumulator registers together.
         mix: instructions by `CLASSES`, "other" for the rest.
@@ -63,6 +65,7 @@ class Compiled:
     store_bytes: tuple[int, ...]
     copy_bytes: tuple[int, ...]
     spills: int
+    overwritten: int
     shared_bytes: int
     registers: int
     mix: Mapping[str, int]
@@ -100,11 +103,46 @@ def read_nvidia(arch: str, ptx: str, sass: str, shared_bytes: int) -> Compiled:
         store_bytes=_ptx_widths("st", ptx),
         copy_bytes=_copies(ptx),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        overwritten=_overwritten(sass),
         shared_bytes=shared_bytes,
         registers=max((int(r) for r in registers), default=0) + 1,
         mix=mix,
         loop_mix=loop_mix,
     )
+
+
+_INSTRUCTION = re.compile(r"^\S+\t(?:@!?U?P\w+ )?([\w.]+)(?: (?:(R\d+)|P\w+))?(?:, (R\d+))?", re.MULTILINE)
+"""Opcode of SASS, and the registers that its first two operands are, if they are any."""
+
+_OPERAND_REGISTERS = 4
+"""Of the first factor of one Hopper matrix instruction: 64 rows of 32 bytes, by 128 threads."""
+
+
+def _overwritten(sass: str) -> int:
+    """Writes to a factor's registers between a Hopper's matrix instruction and the wait for it.
+
+    Assemblers before CUDA 13.3 are known to give such registers away too early. Read in the order of the text: the wait
+    follows in the same block.
+    """
+    count, read = 0, set[int]()
+    for opcode, first, second in _INSTRUCTION.findall(sass):
+        stem, *kinds = opcode.split(".")
+        if stem == "WARPGROUP" and "DEPBAR" in kinds:
+            read.clear()
+        elif stem.endswith("GMMA"):
+            read.update(_registers(second, _OPERAND_REGISTERS))
+        else:
+            wide = 4 if {"128", "4"} & set(kinds) else 2 if {"64", "WIDE"} & set(kinds) or stem == "CS2R" else 1
+            count += not read.isdisjoint(
+                _registers(first or second, wide)
+            )  # behind a predicate where one is written, too
+    return count
+
+
+def _registers(first: str, count: int) -> range:
+    """Numbers of so many registers from "R8" on; none of ""."""
+    begin = int(first[1:] or 0)
+    return range(begin, begin + (count if first else 0))
 
 
 def read_amd(arch: str, text: str, shared_bytes: int) -> Compiled:
@@ -126,6 +164,7 @@ def read_amd(arch: str, text: str, shared_bytes: int) -> Compiled:
         store_bytes=_amd_widths("store", code),
         copy_bytes=(),
         spills=len(re.findall(r"^\s+scratch_", code, re.MULTILINE)),
+        overwritten=0,
         shared_bytes=shared_bytes,
         registers=int(registers[1]) if registers else 0,
         mix=mix,

@@ -7,7 +7,7 @@ table has already, from this model or another with the same shapes, are not time
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -135,10 +135,7 @@ class Profile:
     def _plans(self, predictor: Predictor) -> dict[str, Plan]:
         """Stand-ins for the compiled models that are measured, by variant."""
         images = torch.randn(2, *self.input_size, generator=torch.Generator().manual_seed(0))
-        integer, floating = (
-            replace(stand_in_plan(self.model, images, bits), residual_dtype="float16")
-            for bits in (REFERENCE, FLOAT_BITS)
-        )
+        integer, floating = (stand_in_plan(self.model, images, bits) for bits in (REFERENCE, FLOAT_BITS))
         chosen = third_floating(predictor.description)
         islands = {name: floating.sites[name] for name, f in chosen.items() if all(x.is_float for x in f.values())}
         return {OURS: integer, FLOAT: floating, MIXED: integer.with_sites(islands)}

@@ -67,18 +67,18 @@ def _time_cpu(run: Callable[[], None], seconds: float) -> float:
 
 def _time_cuda(run: Callable[[], None], seconds: float) -> float:
     """Median seconds of `run` inside a CUDA graph, as the runner launches it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    from lampq_rt.kernels.gpu.scratch import captured
+
     times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < LEAST_REPEATS or time.perf_counter() - started < seconds:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+    with captured(run) as replay:
+        started = time.perf_counter()
+        while len(times) < LEAST_REPEATS or time.perf_counter() - started < seconds:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
     return statistics.median(times)
 
 
