@@ -50,11 +50,11 @@ TRAINED: Mapping[str, str] = {"lampq+rec": "lampq+", "lampq+w+rec": "lampq+w"}
 FOR_WHOM: Mapping[str, str] = {
     "lampq+w": "the default: weights' bits chosen by layer; activations have 8, which integer units compute on anyway",
     "fast+w": "sooner, and for large models: the same bits in every layer; a mean of 4.5 is served with 4",
-    "lampq+w+rec": "for 3 bits: `lampq+w`, then training; give it some hundred images, no labels",
+    "lampq+w+rec": "for 3 and 4 bits: `lampq+w`, then training; give it some hundred images, no labels",
     "lampq+": "activations as narrow as the weights, LampQ's convention, which published W4A4 figures share",
     "fast": "the same, with the same bits in every layer",
     "lampq+a": "`lampq+` with 8 bits for q, k, v and softmax output, which have no weights",
-    "lampq+rec": "`lampq+`, then the same training",
+    "lampq+rec": "`lampq+`, then such a training",
     "lampq": "LampQ on plain rounding, to compare with",
 }
 """The recipes of the README's choice, and for whom each is."""

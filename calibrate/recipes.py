@@ -113,8 +113,11 @@ FREE_PENALTIES = ("fisher-output", "fisher-context", "measured")
 """Penalties that tell the operands of a site apart."""
 
 TRAINING = Schedule(steps=200, order="blocks", objective="fisher", finish=300)
-"""Of `lampq+rec` and `lampq+w+rec`: block after block, errors weighed by what they do to the answers, then all together
-towards the answers; at 3 bits each gains where the other has ended (docs/calibration.md)."""
+"""Of `lampq+rec`: block after block, errors weighed by what they do to the answers, then all together towards the
+answers; at 3 bits each gains where the other has ended (docs/calibration.md)."""
+
+WEIGHTS_TRAINING = replace(TRAINING, full_rates=0.5)
+"""Of `lampq+w+rec`. Where little is to be mended, rates that suit narrow activations scatter codes that were right."""
 
 RELU_TRAINING = Schedule(steps=300, codes=0.003, factors=5e-4, rest=1e-4, blocks=0.0, answers=1.0, edge=0.0)
 """Of `lampq+relu`: towards the answers alone, so slowly that others than the images trained on gain."""
@@ -315,10 +318,10 @@ for _recipe in (
         "milp",
         True,
         False,
-        "lampq+w, then the same training",
+        "lampq+w, then a like training, at lower rates where it lost little",
         WEIGHTS_ONLY,
         compensate=True,
-        schedule=TRAINING,
+        schedule=WEIGHTS_TRAINING,
     ),
     Recipe(
         "lampq+relu",

@@ -164,7 +164,7 @@ def test_a_launch_is_timed_from_a_graph_that_clears_nothing(monkeypatch: pytest.
             replayed.append(True)
 
     @contextmanager
-    def capture(graph: Graph, capture_error_mode: str) -> Iterator[None]:
+    def capture(graph: Graph, **options: Any) -> Iterator[None]:
         state["capturing"] = True
         yield
         state["capturing"] = False
@@ -174,6 +174,7 @@ def test_a_launch_is_timed_from_a_graph_that_clears_nothing(monkeypatch: pytest.
         made.append((state["capturing"], sums.data_ptr()))
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with scratch.captured(launch) as replay:

@@ -56,8 +56,8 @@ def captured(run: Callable[[], None]) -> Iterator[Callable[[], None]]:
     with own_scratch():
         run()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may allocate meanwhile
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # torch's own is of the device that captured first
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # others may allocate meanwhile
             run()
         yield graph.replay
 
