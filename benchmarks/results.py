@@ -43,8 +43,8 @@ MIXED_WIDTHS = (6, 5, 4, 3)
 TRAINED_WIDTHS = (4, 3)
 """Of recipes that train: where there is something to win, and what an hour allows."""
 
-TRAINED_COUNT = 32
-"""Such recipes choose bits on so many images, whatever they train on."""
+TRAINED_COUNTS = {"lampq+w+rec": (32, 128)}
+"""On how many images they choose bits, whatever they train on; others on 32."""
 
 BATCH = 25
 
@@ -97,7 +97,7 @@ def _work(recipes: list[str], count: int) -> Iterator[tuple[str, int]]:
     for recipe in recipes:
         widths = UNIFORM_WIDTHS if RECIPES.get(recipe).allocator == "uniform" else MIXED_WIDTHS
         if RECIPES.get(recipe).schedule.steps:
-            widths = TRAINED_WIDTHS if count == TRAINED_COUNT else ()
+            widths = TRAINED_WIDTHS if count in TRAINED_COUNTS.get(recipe, (32,)) else ()
         yield from ((recipe, bits) for bits in widths)
 
 
