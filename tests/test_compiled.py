@@ -227,8 +227,11 @@ def test_threads_may_call_it_at_once(small: Small) -> None:
 def test_masks_are_refused(small: Small) -> None:
     model, plan, images = small
     fast = lampq_rt.compile(model, plan)
-    with pytest.raises(ModelError, match="attention masks"):
-        fast.model(images, is_causal=True)
+    block = fast.model.blocks[0]
+    tokens = torch.zeros(1, 1, model.embed_dim)
+    for given in ({"is_causal": True}, {"attn_mask": torch.ones(1, 1)}):
+        with pytest.raises(ModelError, match="attention masks"):
+            block(tokens, **given)
 
 
 def test_plans_that_do_not_fit_are_refused(small: Small) -> None:
