@@ -50,7 +50,7 @@ TRAINED: Mapping[str, str] = {"lampq+rec": "lampq+", "lampq+w+rec": "lampq+w"}
 FOR_WHOM: Mapping[str, str] = {
     "lampq+w": "the default: weights' bits chosen by layer; activations have 8, which integer units compute on anyway",
     "fast+w": "sooner, and for large models: the same bits in every layer; a mean of 4.5 is served with 4",
-    "lampq+w+rec": "for 3 and 4 bits: `lampq+w`, then training; give it some hundred images, no labels",
+    "lampq+w+rec": "for 3 and 4 bits: `lampq+w`, then training on some hundred images, without labels",
     "lampq+": "activations as narrow as the weights, LampQ's convention, which published W4A4 figures share",
     "fast": "the same, with the same bits in every layer",
     "lampq+a": "`lampq+` with 8 bits for q, k, v and softmax output, which have no weights",
@@ -93,20 +93,21 @@ def aims(rows: Sequence[Row]) -> Iterator[str]:
             yield f"| {bits} | " + " | ".join(cells) + " |"
 
 
-def training(rows: Sequence[Row], count: int = 32) -> Iterator[str]:
-    """What is left of the loss after training, beside the aims."""
-    found = _by_key(rows, count)
-    yield "\n| recipe | mean bits | | before | after | aim | KL before, after | less KL | minutes a plan |"
-    yield "|---" * 9 + "|"
-    for recipe, start in TRAINED.items():
+def training(rows: Sequence[Row]) -> Iterator[str]:
+    """What is left of the loss after training, beside the aims, which are set for 32 calibration images."""
+    yield "\n| recipe | calibration images | bits | | before | after | aim | KL before, after | less KL | minutes |"
+    yield "|---" * 10 + "|"
+    counts = sorted({row["calib_images"] for row in rows})
+    for recipe, count in ((recipe, count) for recipe in TRAINED for count in counts):
+        found = _by_key(rows, count)
         for bits, share in TRAINING_AIMS.items():
             for name, label in SHORT.items():
-                before, after = found.get((name, start, bits)), found.get((name, recipe, bits))
+                before, after = found.get((name, TRAINED[recipe], bits)), found.get((name, recipe, bits))
                 if before is None or after is None:
                     continue
-                aim = Aim(round(share * before["lost"], 1)) if start == "lampq+" else None
+                aim = Aim(round(share * before["lost"], 1)) if TRAINED[recipe] == "lampq+" else None
                 yield (
-                    f"| `{recipe}` | {bits} | {label} | {_cell(before)} | "
+                    f"| `{recipe}` | {count} | {bits} | {label} | {_cell(before)} | "
                     f"{_cell(after) if aim is None else _judged(after, aim)} | {aim or '–'} | "
                     f"{before['kl']:.3f}, {after['kl']:.3f} | {100 * (1 - after['kl'] / before['kl']):.0f} % | "
                     f"{'–' if after['seconds'] is None else round(after['seconds'] / 60)} |"

@@ -56,6 +56,6 @@ def test_training_stands_beside_its_aims() -> None:
     weights = [row("vit", "lampq+w", 3, 13.1, 74.0), row("vit", "lampq+w+rec", 3, 10.0, 77.0)]
     lines = list(training([*ROWS, *trained, *weights]))
     assert lines[2:-1] == [  # ViT-Tiny has no row of `lampq+` at 32 images to be compared with
-        "| `lampq+rec` | 4 | DeiT-Tiny | 4.9 (84.0) | 3.4 (86.7), missed | 3.3 | 0.100, 0.100 | 0 % | 0 |",
-        "| `lampq+w+rec` | 3 | ViT-Tiny | 13.1 (74.0) | 10.0 (77.0) | – | 0.100, 0.100 | 0 % | 0 |",
+        "| `lampq+rec` | 32 | 4 | DeiT-Tiny | 4.9 (84.0) | 3.4 (86.7), missed | 3.3 | 0.100, 0.100 | 0 % | 0 |",
+        "| `lampq+w+rec` | 32 | 3 | ViT-Tiny | 13.1 (74.0) | 10.0 (77.0) | – | 0.100, 0.100 | 0 % | 0 |",
     ]
