@@ -241,9 +241,13 @@ def _conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _check_choices(
     plan: Path | None, checkpoint: Path | None, backend: str | None, weights: Path | None, labels: Path | None
 ) -> None:
-    """Refuse combinations that cannot be meant."""
+    """Refuse combinations that cannot be meant, and a device that is not there, before the model is read."""
+    from lampq_rt.backends import resolve
+
     if backend is not None and backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if backend in ("cpu", "cuda"):
+        resolve(backend)
     if plan is not None and checkpoint is not None:
         raise LampqError("--plan and --checkpoint exclude each other")
     if checkpoint is not None and backend in ("simulate", "reference"):

@@ -294,6 +294,8 @@ def test_wrong_files(bench, tmp_path):
     )
     assert "nothing to compare" in fail("eval", MODEL, "--images", bench.images, "--checkpoint", bench.checkpoint)
     assert "unknown backend" in fail("eval", MODEL, "--images", bench.images, "--backend", "abacus")
+    if not torch.cuda.is_available():
+        assert "finds no CUDA GPU" in fail("eval", MODEL, "--images", bench.images, "--backend", "cuda")
     bad = tmp_path / "labels.csv"
     bad.write_text(bench.labels.read_text().replace(",5", ",10"))
     line = fail("eval", MODEL, "--weights", bench.weights, "--images", bench.images, "--labels", bad)
