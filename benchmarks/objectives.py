@@ -123,6 +123,10 @@ def main(
     done = {_key(row): row for row in _read()}
     compared = RATES if rates else VARIANTS
     wanted = [only] if only in compared else [label for label in compared if only in label]
+    if not wanted:
+        raise typer.BadParameter(f"--only {only!r} is in none of: {'; '.join(compared)}")
+    if base not in RECIPES:
+        raise typer.BadParameter(f"--base {base!r}; allowed: {', '.join(RECIPES)}")
     labels = [label for label in wanted if _key({**work, "label": label}) not in done]
     if labels:
         for row in rows(data, work, labels, statistics):

@@ -133,9 +133,8 @@ def _overwritten(sass: str) -> int:
             read.update(_registers(second, _OPERAND_REGISTERS))
         else:
             wide = 4 if {"128", "4"} & set(kinds) else 2 if {"64", "WIDE"} & set(kinds) or stem == "CS2R" else 1
-            count += not read.isdisjoint(
-                _registers(first or second, wide)
-            )  # behind a predicate where one is written, too
+            written = first or second  # behind a predicate where one is written, too
+            count += not read.isdisjoint(_registers(written, wide))
     return count
 
 
