@@ -44,7 +44,7 @@ TRAINED_WIDTHS = (4, 3)
 """Of recipes that train: where there is something to win, and what an hour allows."""
 
 TRAINED_COUNTS = {"lampq+w+rec": (32, 128)}
-"""On how many images they choose bits, whatever they train on; others on 32."""
+"""Sizes of the calibration set that recipes which train are measured with; 32 alone where none are named."""
 
 BATCH = 25
 
