@@ -21,7 +21,7 @@ from lampq_rt.calibrate.prefix import prefix_shares
 from lampq_rt.calibrate.progress import Report
 from lampq_rt.calibrate.recipes import PLAIN, Preparation
 from lampq_rt.calibrate.spill import Lazy, Shelf
-from lampq_rt.calibrate.steps import step_table
+from lampq_rt.calibrate.steps import searched
 from lampq_rt.errors import DataError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, LEVEL_BITS, TABLE_BITS
 from lampq_rt.memory import trim
@@ -219,8 +219,9 @@ class Measurements:
         observations, total = self.observations, len(missing)
         own = list(missing)[self.shard.rank :: self.shard.world]
 
-        def solve() -> dict[str, dict[int, SiteParams]]:
-            return step_table(
+        def solve() -> tuple[Shelf, list[str]]:
+            shelf, keys = Shelf(), list[str]()
+            for name, params in searched(
                 self.simulation,
                 observations,
                 {name: missing[name] for name in own},
@@ -228,13 +229,17 @@ class Measurements:
                 progress=lambda d, n: self.report(f"steps of {total} sites", d * total // n, total),
                 rounding=self.preparation.rounding,
                 family=self.preparation.family,
-            )
+            ):
+                keys.append(_key(search, name, params.formats))
+                shelf.put(keys[-1], params)
+            return shelf, keys
 
-        found = self.shard.together(solve)
-        for part in self.shard.objects(found):
-            for name, row in part.items():
-                for params in row.values():
-                    self._steps.put(_key(search, name, params.formats), params)
+        found, keys = self.shard.together(solve)
+        for at in range(max(map(len, self.shard.objects(keys)))):  # one at a time: together they outweigh the model
+            mine = {key: found.get(key) for key in keys[at : at + 1]}
+            for part in self.shard.objects(mine):
+                for key, params in part.items():
+                    self._steps.put(key, params)
 
     @torch.no_grad()
     def _run(self) -> tuple[Tensor, float]:

@@ -19,7 +19,7 @@ from lampq_rt.calibrate.reconstruct import reconstruct
 from lampq_rt.calibrate.relu import to_relu
 from lampq_rt.calibrate.transforms import TRANSFORMS, Context
 from lampq_rt.edits import differences, edited
-from lampq_rt.memory import trim
+from lampq_rt.memory import paged, trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.weights import weight_codes
@@ -77,6 +77,8 @@ def prepared(
             seed=seed,
             progress=None if report is None else lambda done, count: report("learning ReLU", done, count),
         )
+    for whole in {teacher, twin}:
+        paged(whole)
     return Prepared(twin, teacher, {name: reason for name, reason in answers.items() if reason is not None})
 
 

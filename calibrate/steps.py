@@ -1,4 +1,4 @@
-"""From observations to the steps of every site at every width: the table that metrics and allocation choose from.
+"""From observations to the steps of every site at every width, which metrics and allocation choose from.
 
 Weights are quantised first (`search.weight_mse`), then the input's range is searched against the quantised weight, so
 that the table holds what will run. Sites do not see each other's quantisation: all observations are of the
@@ -7,7 +7,7 @@ floating-point model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def site_params(
     return _fill(site, formats, _solver(site, observation, weight, search, rounding, family, keep=False))
 
 
-def step_table(
+def searched(
     simulation: Simulation,
     observations: Mapping[str, Observation],
     menu: Mapping[str, Sequence[Mapping[str, Format]]],
@@ -66,8 +66,10 @@ def step_table(
     progress: Progress | None = None,
     rounding: str = "nearest",
     family: Callable[[Kind], str] = lambda kind: "optimal",
-) -> dict[str, dict[int, SiteParams]]:
-    """Steps of every site of `menu` at every width offered there.
+) -> Iterator[tuple[str, SiteParams]]:
+    """Steps of every site of `menu` in every choice of formats offered there, one after the other.
+
+    Nothing that was handed over is held: codes of all widths together (`rounding`) are twice an fp32 model.
 
     Args:
         simulation: holds the sites and their weights; not changed.
@@ -78,8 +80,8 @@ def step_table(
         rounding: of weights, "nearest" or "gptq".
         family: by kind of site, of the levels where an input has a table.
 
-    Returns:
-        By site name, then by width (16: floating point, without tensors), in the order of `menu`.
+    Yields:
+        Name and parameters (16 bits: floating point, without tensors), in the order of `menu`.
 
     Raises:
         UnknownNameError: no search, or no family of levels, has that name.
@@ -87,24 +89,24 @@ def step_table(
         DataError: a weight holds a NaN or infinity.
     """
     sites = {site.name: site for site in simulation.description.sites}
-    table: dict[str, dict[int, SiteParams]] = {}
     for done, (name, choices) in enumerate(menu.items(), 1):
         module = simulation.module(name)
         weight = module.original.weight.detach() if isinstance(module, SimulatedLinear) else None
         site = sites[name]
         solver = _solver(site, observations[name], weight, search, rounding, family(site.kind))
-        table[name] = {}
+        widths = set[int]()
         for formats in choices:
             params = _fill(site, formats, solver)
-            if params.bits in table[name]:
+            if params.bits in widths:
                 raise FormatError(f"site {name!r}: the menu offers {params.bits} bits twice")
-            table[name][params.bits] = params
+            widths.add(params.bits)
+            yield name, params
+            del params
             trim()
         del solver  # its samples, before the next site's are read
         trim()
         if progress is not None:
             progress(done, len(menu))
-    return table
 
 
 def _fill(site: Site, formats: Mapping[str, Format], solver: _Solver) -> SiteParams:

@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
+import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 _PROCESS = Path("/proc/self")
+
+_ALIGNMENT = 64
+"""Bytes; of PyTorch's own allocations on a CPU, too."""
+
+_PAGED: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+"""The files that `paged` models lie in."""
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 """Names and numbers from malloc.h."""
@@ -62,15 +72,48 @@ def forget() -> None:
 
 
 def trim() -> None:
-    """Hand the C library's free memory back to the system; nothing where it is not glibc.
+    """Hand free memory of the C library (glibc) and weights of `paged` models back to the system.
 
     Where results of a few kB are kept between temporaries of some MB, glibc's heap fills with holes that it neither
     uses again nor gives back: ten times what is alive, in a search of steps.
     """
+    for file in list(_PAGED):
+        if hasattr(mmap, "MADV_DONTNEED"):  # Linux and the like
+            file.madvise(mmap.MADV_DONTNEED)
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # not glibc
         pass
+
+
+def paged(model: nn.Module) -> nn.Module:
+    """`model`, its parameters moved to a temporary file that is mapped into memory: same values, same speed.
+
+    What is read is in memory until the next `trim`, and the system may take it earlier. Of a model that is looked at
+    a block at a time, one block is. The file goes with the last of its tensors.
+
+    Args:
+        model: on the CPU; changed in place.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    kept = {(p.data_ptr(), p.shape): p.data for p in model.parameters() if p.numel() and p.device.type == "cpu"}
+    if not kept:
+        return model
+    places = dict[tuple[int, torch.Size], int]()
+    with tempfile.TemporaryFile(prefix="lampq-") as file:
+        for key, x in kept.items():
+            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+            places[key] = file.tell()
+            file.write(x.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 0)
+    _PAGED.add(mapped)
+    for p in model.parameters():
+        if (start := places.get((p.data_ptr(), p.shape))) is not None:
+            p.data = torch.frombuffer(mapped, dtype=p.dtype, count=p.numel(), offset=start).view(p.shape)
+    return model
 
 
 class PeakMemory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import lampq_rt
 from lampq_rt.formats import Format
 from lampq_rt.kernels.reference import code_range
-from lampq_rt.plan import Plan
+from lampq_rt.plan import Plan, SiteParams
 from lampq_rt.simulate import Simulation, simulate
 from lampq_rt.sites import Kind
 from lampq_rt.standin import stand_in_plan
@@ -150,3 +151,11 @@ def assert_paths_agree(model: nn.Module, plan: Plan, images: Tensor, noise_below
     noise = rms(truth - wanted)
     assert 0 < noise < noise_below * rms(wanted)
     assert rms(came - truth) <= 0.5 * noise and rms(simulated - truth) <= 0.5 * noise
+
+
+def by_width(found: Iterable[tuple[str, SiteParams]]) -> dict[str, dict[int, SiteParams]]:
+    """Steps as they were `searched`, by site and width."""
+    table: dict[str, dict[int, SiteParams]] = {}
+    for name, params in found:
+        table.setdefault(name, {})[params.bits] = params
+    return table

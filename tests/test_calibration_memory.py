@@ -16,7 +16,7 @@ from lampq_rt.calibrate import Budget, Calibration, calibrate
 from lampq_rt.calibrate.compensate import compensate
 from lampq_rt.calibrate.metrics import fisher
 from lampq_rt.calibrate.spill import Batches, Lazy, Shelf, Spill
-from lampq_rt.memory import PeakMemory
+from lampq_rt.memory import _PAGED, PeakMemory, paged, trim
 from lampq_rt.models import weight_bytes
 from lampq_rt.simulate import Simulation
 
@@ -148,13 +148,54 @@ def test_compensation_holds_one_batch_of_rows(monkeypatch: pytest.MonkeyPatch) -
 
 def test_codes_of_step_tables_are_not_held() -> None:
     model, images = build(128, 2), torch.randn(8, 3, 32, 32)
-    before, calibration = tensor_bytes(), calibrate(model, images)
+    searching = list[int]()
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage.startswith("steps of"):
+            searching.append(tensor_bytes())
+
+    before, calibration = tensor_bytes(), calibrate(model, images, report=report)
     plan = calibration.plan(Budget(mean_bits=4), "lampq+")
+    assert max(searching) < searching[0] + 0.3 * weight_bytes(model)  # all widths' codes until the last site: 1.7
     own = sum(x.nbytes for p in plan.sites.values() for x in p.tensors.values()) + sum(
         x.nbytes for x in plan.edits.values()
     )
     held = tensor_bytes() - before - own
     assert held < 1.4 * weight_bytes(model) + 2 * images.nbytes  # the rewritten model; codes at 7 widths were 1.7 more
+
+
+def test_a_paged_model_is_the_same_model_in_less_memory() -> None:
+    model = build(512, 2)
+    model.tied = torch.nn.Parameter(model.pos_embed.data)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    assert paged(model) is model
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert model.tied.data_ptr() == model.pos_embed.data_ptr()
+    assert all(p.data_ptr() % 64 == 0 and p.requires_grad for p in model.parameters())
+    model.head.bias.data[:] = 7.0  # what is written stays
+    trim()
+    assert bool((model.head.bias == 7.0).all())
+    assert paged(torch.nn.Identity()) is not None
+    del before
+    memory = PeakMemory(torch.device("cpu"))  # begins with a `trim`
+    with memory.peak():
+        for block in model.blocks:
+            assert bool(torch.stack([p.sum() for p in block.parameters()]).isfinite().all())
+            trim()
+    if memory.peak_bytes is None:
+        pytest.skip("this system does not tell the peak of the resident set")
+    assert 0.2 * weight_bytes(model) < memory.peak_bytes < 0.8 * weight_bytes(model)  # one block, where there are two
+
+
+def test_the_file_of_a_paged_model_goes_with_it() -> None:
+    model, files = paged(build(64, 1)), len(_PAGED)
+    weight = model.head.weight
+    del model
+    gc.collect()
+    assert len(_PAGED) == files
+    del weight
+    gc.collect()
+    assert len(_PAGED) == files - 1
 
 
 def test_what_is_spilled_comes_back() -> None:

@@ -13,9 +13,10 @@ from lampq_rt.calibrate.allocate import Problem
 from lampq_rt.calibrate.judge import Judge
 from lampq_rt.calibrate.observe import observe
 from lampq_rt.calibrate.refine import candidates, refine
-from lampq_rt.calibrate.steps import step_table
+from lampq_rt.calibrate.steps import searched
 from lampq_rt.simulate import Simulation
 from lampq_rt.sites import BLOCK_LINEARS
+from tests.plans import by_width
 
 WIDTHS = (2, 3, 4, 5)
 SIZES = {"qkv": 3, "proj": 1, "fc1": 4, "fc2": 4}
@@ -102,7 +103,7 @@ def test_a_whole_model_gets_no_worse_and_keeps_its_budget(labelled: bool) -> Non
     linears = [s for s in simulation.description.sites if s.kind in BLOCK_LINEARS]
     names = [s.name for s in linears]
     menu = {s.name: [backends.formats(s.kind, b) for b in WIDTHS] for s in linears}
-    table = step_table(simulation, observe(simulation, images, seed=0, rows=128), menu, "minmax")
+    table = by_width(searched(simulation, observe(simulation, images, seed=0, rows=128), menu, "minmax"))
     with torch.no_grad():
         judge = Judge(images, model(images), torch.arange(8) if labelled else None, 8)
     total = sum(s.params for s in linears)

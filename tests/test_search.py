@@ -12,7 +12,7 @@ from lampq_rt import backends
 from lampq_rt.calibrate.observe import LinearObservation, PVObservation, QKObservation, observe
 from lampq_rt.calibrate.search import SEARCHES, Steps, fpcs, output_error, weight_mse, weight_scale
 from lampq_rt.calibrate.search.base import affine_steps, range_steps
-from lampq_rt.calibrate.steps import site_params, step_table
+from lampq_rt.calibrate.steps import searched, site_params
 from lampq_rt.compiler import check_sites
 from lampq_rt.errors import DataError, FormatError, UnknownNameError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, Format
@@ -20,6 +20,7 @@ from lampq_rt.kernels import reference
 from lampq_rt.plan import Plan
 from lampq_rt.quantizers import QUANTIZERS
 from lampq_rt.simulate import SimulatedLinear, Simulation
+from tests.plans import by_width
 
 ROWS, FEATURES, CHANNELS = 128, 24, 40
 
@@ -308,7 +309,7 @@ def test_the_table_makes_plans_that_the_compiler_accepts(simulation: Simulation,
     description = simulation.description
     menu = {site.name: backends.menu(site) for site in description.sites}
     calls: list[tuple[int, int]] = []
-    table = step_table(simulation, seen, menu, search, progress=lambda done, total: calls.append((done, total)))
+    table = by_width(searched(simulation, seen, menu, search, progress=lambda *state: calls.append(state)))
     assert calls == [(i + 1, len(menu)) for i in range(len(menu))]
     assert list(table) == list(menu)
     for bits in (*INTEGER_BITS, FLOAT_BITS):
@@ -316,7 +317,7 @@ def test_the_table_makes_plans_that_the_compiler_accepts(simulation: Simulation,
         check_sites(description, Plan("test", "", sites))
         assert all(params.params == description.site(name).params for name, params in sites.items())
     assert not any(row[FLOAT_BITS].tensors for row in table.values())
-    again = step_table(simulation, observe(simulation, images, seed=0, rows=64), menu, search)
+    again = by_width(searched(simulation, observe(simulation, images, seed=0, rows=64), menu, search))
     for site in description.sites:
         module = simulation.module(site.name)
         weight = module.original.weight if isinstance(module, SimulatedLinear) else None
@@ -335,7 +336,7 @@ def test_what_is_refused(simulation: Simulation) -> None:
     with pytest.raises(UnknownNameError, match="minmax, output-error, percentile"):
         site_params(site, formats, seen[site.name], weight, "nonsense")
     with pytest.raises(FormatError, match=r"'blocks\.0\.attn\.proj'.* 4 bits twice"):
-        step_table(simulation, seen, {site.name: [formats, formats]}, "minmax")
+        list(searched(simulation, seen, {site.name: [formats, formats]}, "minmax"))
     weight[0, 0] = float("nan")
     with pytest.raises(DataError, match=r"'blocks\.0\.attn\.proj'.*weight"):
         site_params(site, formats, seen[site.name], weight)
