@@ -24,7 +24,7 @@ from lampq_rt.calibrate.spill import Lazy, Shelf
 from lampq_rt.calibrate.steps import searched
 from lampq_rt.errors import DataError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, LEVEL_BITS, TABLE_BITS
-from lampq_rt.memory import trim
+from lampq_rt.memory import drop_pages_behind, trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import BLOCK_LINEARS, Kind, Site
@@ -72,6 +72,8 @@ class Measurements:
         self.model = model
         self.simulation = Simulation(model).float().to(device)
         self.description = self.simulation.description
+        self.linears = tuple(site for site in self.description.sites if site.kind in BLOCK_LINEARS)
+        drop_pages_behind(map(self.simulation.model.get_submodule, self.blocks))
         self.preparation = preparation
         self.menu = {
             site.name: {
@@ -88,11 +90,11 @@ class Measurements:
         counts = shard.objects(len(self.images))
         assert not any(count % UNIT for count in counts[:-1]), f"shares of {counts} images: not in whole units"
         self.count = sum(counts)
-        self.linears = tuple(site for site in self.description.sites if site.kind in BLOCK_LINEARS)
         logits, self.residual_max = self._run()
         self._teacher = self.simulation
         if teacher is not None and teacher is not model:
             self._teacher = Simulation(teacher).float().to(device)
+            drop_pages_behind(map(self._teacher.model.get_submodule, self.blocks))
             logits = answer(self._teacher, self.images, 0, shard)
         self.labels = shard.together(lambda: check_labels(labels, len(images), logits.shape[1]))
         truth = None if self.labels is None else shard.gather(self.labels)

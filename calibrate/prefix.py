@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lampq_rt.calibrate.distributed import generator
-from lampq_rt.memory import trim
+from lampq_rt.memory import drop_pages, trim
 
 Progress = Callable[[int, int], None]
 
@@ -86,7 +86,12 @@ def _drawn(logits: Tensor, seed: int, number: int) -> Tensor:
 @contextmanager
 def _checkpointed(block: nn.Module) -> Iterator[None]:
     """While this is entered, the block's activations are made anew on the way back."""
-    run: Any = block.forward
+    forward: Any = block.forward
+
+    def run(*args: Any, **extra: Any) -> Any:
+        drop_pages()  # of the block that ran before, on the way back, too
+        return forward(*args, **extra)
+
     block.forward = lambda *args, **extra: checkpoint(run, *args, use_reentrant=False, **extra)  # type: ignore[method-assign]
     try:
         yield

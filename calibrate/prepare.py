@@ -60,7 +60,8 @@ def prepared(
     """
     if not preparation.rewrites and not preparation.relu:
         return Prepared(model, model, {})
-    twin = copy.deepcopy(model).float().eval().requires_grad_(False)
+    twin = paged(copy.deepcopy(model).float().eval().requires_grad_(False))
+    trim()
     context = Context(describe(twin), images, seed)
     answers = {}
     for name in preparation.rewrites:
@@ -77,8 +78,7 @@ def prepared(
             seed=seed,
             progress=None if report is None else lambda done, count: report("learning ReLU", done, count),
         )
-    for whole in {teacher, twin}:
-        paged(whole)
+        paged(twin)
     return Prepared(twin, teacher, {name: reason for name, reason in answers.items() if reason is not None})
 
 

@@ -12,7 +12,7 @@ import gc
 import mmap
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,20 +77,34 @@ def trim() -> None:
     Where results of a few kB are kept between temporaries of some MB, glibc's heap fills with holes that it neither
     uses again nor gives back: ten times what is alive, in a search of steps.
     """
-    for file in list(_PAGED):
-        if hasattr(mmap, "MADV_DONTNEED"):  # Linux and the like
-            file.madvise(mmap.MADV_DONTNEED)
+    drop_pages()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # not glibc
         pass
 
 
+def drop_pages() -> None:
+    """Hand weights of `paged` models back to the system; they are read anew when they are asked for.
+
+    Takes some microseconds, where `trim` may take milliseconds.
+    """
+    for file in list(_PAGED):
+        if hasattr(mmap, "MADV_DONTNEED"):  # Linux and the like
+            file.madvise(mmap.MADV_DONTNEED)
+
+
+def drop_pages_behind(modules: Iterable[nn.Module]) -> None:
+    """Call `drop_pages` whenever one of these has run, from now on."""
+    for module in modules:
+        module.register_forward_hook(lambda *_: drop_pages())
+
+
 def paged(model: nn.Module) -> nn.Module:
     """`model`, its parameters moved to a temporary file that is mapped into memory: same values, same speed.
 
-    What is read is in memory until the next `trim`, and the system may take it earlier. Of a model that is looked at
-    a block at a time, one block is. The file goes with the last of its tensors.
+    What is read stays in memory until `drop_pages`, and the system may take it earlier: of a model that is run block
+    by block, with `drop_pages` between them, one block is there at a time. The file goes with the last of its tensors.
 
     Args:
         model: on the CPU; changed in place.

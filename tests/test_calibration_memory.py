@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +19,13 @@ from lampq_rt.calibrate import Budget, Calibration, calibrate
 from lampq_rt.calibrate.compensate import compensate
 from lampq_rt.calibrate.metrics import fisher
 from lampq_rt.calibrate.spill import Batches, Lazy, Shelf, Spill
-from lampq_rt.memory import _PAGED, PeakMemory, paged, trim
+from lampq_rt.memory import _PAGED, PeakMemory, drop_pages, paged, return_memory, trim
 from lampq_rt.models import weight_bytes
 from lampq_rt.simulate import Simulation
 
-MOST = 2.5
+ROOT = Path(__file__).parents[1]
+
+MOST = 2.2
 """Peak memory over the fp32 model's bytes, the model included."""
 
 
@@ -79,15 +84,24 @@ def test_no_samples_are_held() -> None:
     assert held < 1.3 * weight_bytes(model) + 2 * images.nbytes  # samples and gradients were over ten times the model
 
 
-def test_peak_memory_of_a_model_whose_weights_are_the_most_of_it() -> None:
+def peak_of_measuring() -> float:
+    """Peak memory over the model's bytes where the weights are the most of it; 0 where the system does not tell."""
+    return_memory()  # as the command does; it changes this process
     measure_all(calibrate(build(32, 1), torch.randn(8, 3, 32, 32)))  # libraries load what they need
     memory = PeakMemory(torch.device("cpu"))
     with memory.peak():
         model = build(384, 5)
         measure_all(calibrate(model, torch.randn(8, 3, 32, 32)))
-    if memory.peak_bytes is None:
+    return (memory.peak_bytes or 0) / weight_bytes(model)
+
+
+def test_peak_memory_of_a_model_whose_weights_are_the_most_of_it() -> None:
+    code = "from tests.test_calibration_memory import peak_of_measuring; print(peak_of_measuring())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = float(done.stdout.splitlines()[-1])
+    if not found:
         pytest.skip("this system does not tell the peak of the resident set")
-    assert memory.peak_bytes <= MOST * weight_bytes(model)
+    assert 1.0 < found <= MOST
 
 
 def test_a_simulation_shares_the_weights_and_leaves_them_alone() -> None:
@@ -181,14 +195,16 @@ def test_a_paged_model_is_the_same_model_in_less_memory() -> None:
     with memory.peak():
         for block in model.blocks:
             assert bool(torch.stack([p.sum() for p in block.parameters()]).isfinite().all())
-            trim()
+            drop_pages()
     if memory.peak_bytes is None:
         pytest.skip("this system does not tell the peak of the resident set")
     assert 0.2 * weight_bytes(model) < memory.peak_bytes < 0.8 * weight_bytes(model)  # one block, where there are two
 
 
 def test_the_file_of_a_paged_model_goes_with_it() -> None:
-    model, files = paged(build(64, 1)), len(_PAGED)
+    gc.collect()  # of other tests
+    model = paged(build(64, 1))
+    files = len(_PAGED)
     weight = model.head.weight
     del model
     gc.collect()

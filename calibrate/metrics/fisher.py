@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lampq_rt.calibrate.distributed import SINGLE, UNIT, Shard, generator
 from lampq_rt.calibrate.spill import Lazy, Spill
 from lampq_rt.errors import DataError
-from lampq_rt.memory import trim
+from lampq_rt.memory import drop_pages, trim
 
 UNIFORM_SHARE = 0.1
 """Share of the row sampling that is uniform over tokens, so that no row's weight is boundless."""
@@ -238,6 +238,7 @@ def _one(
         gradients = _back([y] * len(gradients), x, gradients)
         if before is not source:
             gradients = _back([before] * len(gradients), source, gradients)
+        drop_pages()
         if place == len(blocks) // 2:  # at every block it would take less memory, and half as long again
             trim()
     _end(gathered, number)

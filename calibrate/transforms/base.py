@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lampq_rt.memory import drop_pages, drop_pages_behind
 from lampq_rt.registry import Registry
 from lampq_rt.simulate import SimulatedSite, Simulation
 from lampq_rt.sites import Description
@@ -115,6 +116,7 @@ def _foldable(norm: nn.Module) -> bool:
 def watch(model: nn.Module, images: Tensor, watchers: dict[str, Callable[..., None]]) -> None:
     """Run the images; each watcher is called with the inputs of the site of its name, a batch at a time."""
     simulation = Simulation(model)
+    drop_pages_behind(simulation.model.get_submodule("blocks").children())
 
     def hook(see: Callable[..., None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, inputs: see(*inputs)
@@ -132,7 +134,8 @@ def watch(model: nn.Module, images: Tensor, watchers: dict[str, Callable[..., No
 def set_parameter(parameter: Tensor, value: Tensor) -> None:
     """Give `parameter` a new value, any precision, of its shape."""
     assert parameter.shape == value.shape, (parameter.shape, value.shape)
-    parameter.data = value.to(parameter.dtype).contiguous()
+    parameter.data.copy_(value)
+    drop_pages()
 
 
 def random_orthogonal(size: int, seed: int) -> Tensor:
