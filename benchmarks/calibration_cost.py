@@ -6,9 +6,10 @@ Random weights and random images: time and memory do not depend on them (but for
 most 30 swaps). Each model runs in a process of its own. Memory is the growth of the resident set since before the
 model was built, so that 1 x is the fp32 model itself; "libraries" is what stays of that after a model of 0.2 MB was
 calibrated. Steps are searched at all widths; with --brief at 4 bits alone, without the penalties that need them all:
-a seventh of the time, and the same memory, since sites and widths are searched one by one. "fast" is the whole recipe,
-beside what the other stages keep. Every row is kept in benchmarks/results/calibration_cost.jsonl and not measured
-again; remove its line for that. The last row times the allocation alone: 24 blocks, 8 widths, 3 budgets.
+a seventh of the time, and the same memory, since sites and widths are searched one by one. "fast" and the default
+recipe are whole recipes, beside what the other stages keep; the latter searches all widths. Every row is kept in
+benchmarks/results/calibration_cost.jsonl and not measured again; remove its line for that. The last row times the
+allocation alone: 24 blocks, 8 widths, 3 budgets.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lampq_rt.bench import machine
 from lampq_rt.calibrate import Budget, calibrate
 from lampq_rt.calibrate.allocate import ALLOCATORS, Problem
 from lampq_rt.calibrate.metrics import PENALTIES
+from lampq_rt.calibrate.recipes import DEFAULT_RECIPE
 from lampq_rt.memory import PeakMemory, return_memory
 from lampq_rt.models import load_model, weight_bytes
 
@@ -49,7 +51,7 @@ def main(
     models: Annotated[str, typer.Option(help="timm names.")] = MODELS,
     images: Annotated[str, typer.Option(help="Numbers of calibration images.")] = "8,32",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    plans: Annotated[bool, typer.Option(help="Also compare and update plans: the longest stage.")] = True,
+    plans: Annotated[bool, typer.Option(help="Also compare and update plans, and the default recipe.")] = True,
     brief: Annotated[bool, typer.Option(help="Search steps at one width alone.")] = False,
     out: Annotated[Path, typer.Option(help="Markdown file with the two markers.")] = Path("docs/results.md"),
     measure: Annotated[bool, typer.Option("--measure", hidden=True, help="Measure here; print the row.")] = False,
@@ -106,7 +108,9 @@ def cost(name: str, count: int, plans: bool, brief: bool) -> dict[str, Any]:
         stage("penalties", lambda: [PENALTIES.get(p)(evidence) for p in names] + [evidence.errors])
     stage("fast", lambda: calibration.plan(Budget(mean_bits=BITS), "fast"))
     if plans and not brief:
-        stage("compare, update", lambda: calibration.plan(Budget(mean_bits=BITS)))
+        stage("compare, update", lambda: calibration.plan(Budget(mean_bits=BITS), "lampq"))
+    if plans:
+        stage(DEFAULT_RECIPE, lambda: calibration.plan(Budget(mean_bits=BITS)))
     return {
         "model": name,
         "images": count,
@@ -127,7 +131,7 @@ def _libraries(memory: PeakMemory) -> int | None:
     """Bytes that stay resident of a calibration of next to nothing: code and tables of the libraries."""
     toy = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2, num_classes=10).eval()
     calibration = calibrate(toy, torch.randn(8, 3, 32, 32))
-    for recipe in ("lampq", "fast"):
+    for recipe in ("lampq", "fast", DEFAULT_RECIPE):
         calibration.plan(Budget(mean_bits=BITS), recipe)
     del calibration, toy
     with memory.peak():

@@ -24,7 +24,7 @@ from lampq_rt.calibrate.spill import Lazy, Shelf
 from lampq_rt.calibrate.steps import searched
 from lampq_rt.errors import DataError
 from lampq_rt.formats import FLOAT_BITS, INTEGER_BITS, LEVEL_BITS, TABLE_BITS
-from lampq_rt.memory import drop_pages_behind, trim
+from lampq_rt.memory import drop_pages, drop_pages_behind, trim
 from lampq_rt.plan import SiteParams
 from lampq_rt.simulate import SimulatedLinear, Simulation
 from lampq_rt.sites import BLOCK_LINEARS, Kind, Site
@@ -169,10 +169,17 @@ class Measurements:
         )
 
     @cached_property
-    def weights(self) -> dict[str, Tensor]:
-        """Weights of the blocks' linears, fp32 [N, K]."""
+    def weights(self) -> Mapping[str, Tensor]:
+        """Weights of the blocks' linears, fp32 [N, K]; of a `paged` model, one at a time is in memory."""
         modules = {site.name: self.simulation.module(site.name) for site in self.linears}
-        return {name: m.original.weight.detach() for name, m in modules.items() if isinstance(m, SimulatedLinear)}
+
+        def read(name: str) -> Tensor:
+            module = modules[name]
+            assert isinstance(module, SimulatedLinear), name
+            drop_pages()
+            return module.original.weight.detach()
+
+        return Lazy(list(modules), read)
 
     def widths(self, site: Site, *, weight: bool = False) -> list[int]:
         """Integer widths of `site`'s menu, narrowest first; of its weight alone, 1 bit may be among them."""

@@ -63,7 +63,6 @@ class LinearSteps:
         by_channel: True for a step a channel of the input.
         rounding: "nearest" or "gptq".
         family: of levels, where the input has a table.
-        keep: True where several widths follow; else a view goes when the next comes, and its rows with it.
     """
 
     def __init__(
@@ -74,9 +73,8 @@ class LinearSteps:
         by_channel: bool,
         rounding: str,
         family: str = "optimal",
-        keep: bool = True,
     ) -> None:
-        self.search, self.seen, self.weight, self.rounding, self.keep = search, seen, weight, rounding, keep
+        self.search, self.seen, self.weight, self.rounding = search, seen, weight, rounding
         self.levels = FAMILIES.get(family)
         self.worth = row_worth(seen, weight)
         self.exponents: tuple[float | None, ...] = EXPONENTS if by_channel else (None,)
@@ -91,25 +89,24 @@ class LinearSteps:
             found = [found[best if errors[best] < ENOUGH * errors[0] else 0]]
         tensors = found[0]
         if self.rounding == "gptq":
-            params = SiteParams(site.kind, formats, tensors)
-            x = channels.scaled_input(quantized_input(self.seen.rows, params), params)
-            weight, scale = channels.scaled_weight(self.weight, params), tensors["weight.scale"].to(x.device)
-            moment, levels = weighted_moment(x, self.worth), tensors.get("weight.levels")
-            codes = gptq(weight, scale, moment, formats["weight"].bits, levels)
-            tensors = {**tensors, "weight.codes": codes}
+            tensors = {**tensors, "weight.codes": self._codes(SiteParams(site.kind, formats, tensors))}
         return {key: tensor.cpu() for key, tensor in tensors.items()}
+
+    def _codes(self, params: SiteParams) -> Tensor:
+        """int8 [N, K], rounded by GPTQ."""
+        moment = weighted_moment(channels.scaled_input(quantized_input(self.seen.rows, params), params), self.worth)
+        weight, scale = channels.scaled_weight(self.weight, params), params.tensors["weight.scale"].to(moment.device)
+        return gptq(weight, scale, moment, params.formats["weight"].bits, params.tensors.get("weight.levels"))
 
     def _view(self, exponent: float | None) -> _View:
         """The linear with its input's channels evened out with that exponent; None: with one step for all."""
         if exponent in self.views:
             return self.views[exponent]
-        if exponent is None:
-            view = _View(None, self.seen, self.weight, self.search.linear(self.seen, self.weight))
-        else:
-            view = _evened(self.search, self.seen, self.weight, exponent)
-        if self.keep:
-            self.views[exponent] = view
-        return view
+        if exponent:  # made anew for each width: its rows are as many as those that were observed
+            return _evened(self.search, self.seen, self.weight, exponent)
+        spread = None if exponent is None else torch.ones_like(self.seen.peaks[0])
+        self.views[exponent] = _View(spread, self.seen, self.weight, self.search.linear(self.seen, self.weight))
+        return self.views[exponent]
 
     def _tensors(self, view: _View, formats: Mapping[str, Format]) -> dict[str, Tensor]:
         tensors, wanted = weight_steps(view.weight, formats["weight"]), formats["input"]

@@ -27,6 +27,7 @@ def weighted_moment(rows: Tensor, worth: Tensor) -> Tensor:
     """fp32 [K, K]: second moment of rows [R, K] about their mean, the bias's work; a row counts `worth` [R]."""
     share = worth / worth.sum()
     centred = rows - share @ rows
+    del rows  # where nobody else holds them: there are two of their size already
     return centred.t() @ (centred * share[:, None])
 
 

@@ -55,7 +55,7 @@ def site_params(
         UnknownNameError: no search, or no family of levels, has that name.
         DataError: the weight holds a NaN or infinity.
     """
-    return _fill(site, formats, _solver(site, observation, weight, search, rounding, family, keep=False))
+    return _fill(site, formats, _solver(site, observation, weight, search, rounding, family))
 
 
 def searched(
@@ -122,9 +122,8 @@ def _solver(
     search: str,
     rounding: str,
     family: str,
-    keep: bool = True,
 ) -> _Solver:
-    """What the search prepares once for all widths of a site; see `LinearSteps` for `keep`."""
+    """What the search prepares once for all widths of a site."""
     chosen = SEARCHES.get(search)
     if site.kind is Kind.QK:
         assert isinstance(observation, QKObservation), site.name
@@ -144,7 +143,7 @@ def _solver(
         granularity = formats["input"].granularity
         if granularity not in solvers:
             by_channel = granularity == "channel"
-            solvers[granularity] = LinearSteps(chosen, observation, rows, by_channel, rounding, family, keep)
+            solvers[granularity] = LinearSteps(chosen, observation, rows, by_channel, rounding, family)
         return solvers[granularity](site, formats)
 
     return solve
