@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lampq_rt.files import in_temporary_folder
 from lampq_rt.plan import SiteParams
 
 K = TypeVar("K")
@@ -26,10 +27,11 @@ CODES = "weight.codes"
 
 
 class Spill:
-    """fp32 or int8 tensors by key, that grow along their first dimension. Raises OSError where the disk is full."""
+    """fp32 or int8 tensors by key, that grow along their first dimension. StorageError where the disk is full."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="lampq-", ignore_cleanup_errors=True)
+        with in_temporary_folder():
+            self._folder = tempfile.TemporaryDirectory(prefix="lampq-", ignore_cleanup_errors=True)
         self._shapes: dict[str, list[int]] = {}
         self._like: dict[str, Tensor] = {}
 
@@ -39,7 +41,7 @@ class Spill:
         shape = self._shapes.setdefault(key, [0, *x.shape[1:]])
         assert shape[1:] == list(x.shape[1:]), (key, shape, x.shape)
         self._like[key] = x.new_empty(0)
-        with self._path(key).open("ab") as file:
+        with in_temporary_folder(), self._path(key).open("ab") as file:
             file.write(x.cpu().contiguous().numpy().data)
         shape[0] += len(x)
 

@@ -39,6 +39,10 @@ class TableError(LampqError, ValueError):
     """A latency table that is malformed, cannot be written, or lacks what a prediction needs."""
 
 
+class StorageError(LampqError, OSError):
+    """The temporary folder cannot take what a calibration keeps there."""
+
+
 class BackendError(LampqError, RuntimeError):
     """The machine cannot run what was asked: no GPU, too old a GPU, or a missing instruction set."""
 

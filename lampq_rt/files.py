@@ -12,12 +12,13 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lampq_rt.errors import LampqError
+from lampq_rt.errors import LampqError, StorageError
 
 Content = bytes | bytearray | Callable[[BinaryIO], object]
 """What a file is to hold: the bytes, or a function that writes them to an open binary file."""
@@ -137,6 +138,23 @@ def read_file(path: str | Path, *, what: str, error: type[LampqError], limit: in
         raise error(f"cannot read {what} {shown(path)}: {reason(cause)}") from None
     except MemoryError:
         raise error(f"cannot read {what} {shown(path)}: it does not fit into memory") from None
+
+
+@contextmanager
+def in_temporary_folder() -> Iterator[None]:
+    """Around what writes to the temporary folder.
+
+    Raises:
+        StorageError: it cannot be written there.
+    """
+    try:
+        yield
+    except OSError as cause:
+        folder = shown(tempfile.tempdir or "(TMPDIR)")
+        raise StorageError(
+            f"cannot write to the temporary folder {folder}: {reason(cause)}; calibration keeps samples and the "
+            "rewritten model there, some GB for a large model; set TMPDIR to a folder with room"
+        ) from None
 
 
 def reason(cause: Exception) -> str:

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lampq_rt.files import in_temporary_folder
+
 _PROCESS = Path("/proc/self")
 
 _ALIGNMENT = 64
@@ -110,13 +112,13 @@ def paged(model: nn.Module) -> nn.Module:
         model: on the CPU; changed in place.
 
     Raises:
-        OSError: the disk is full.
+        StorageError: the file cannot be written.
     """
     kept = {(p.data_ptr(), p.shape): p.data for p in model.parameters() if p.numel() and p.device.type == "cpu"}
     if not kept:
         return model
     places = dict[tuple[int, torch.Size], int]()
-    with tempfile.TemporaryFile(prefix="lampq-") as file:
+    with in_temporary_folder(), tempfile.TemporaryFile(prefix="lampq-") as file:
         for key, x in kept.items():
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
             places[key] = file.tell()

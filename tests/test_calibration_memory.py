@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lampq_rt.calibrate import Budget, Calibration, calibrate
 from lampq_rt.calibrate.compensate import compensate
 from lampq_rt.calibrate.metrics import fisher
 from lampq_rt.calibrate.spill import Batches, Lazy, Shelf, Spill
+from lampq_rt.errors import StorageError
 from lampq_rt.memory import _PAGED, PeakMemory, drop_pages, paged, return_memory, trim
 from lampq_rt.models import weight_bytes
 from lampq_rt.simulate import Simulation
@@ -237,6 +239,18 @@ def test_what_is_spilled_comes_back() -> None:
     assert list(lazy) == ["b", "a"] and lazy["a"] == "A" and lazy["a"] == "A" and calls == ["a", "a"]
     with pytest.raises(KeyError):
         lazy["c"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_temporary_folder_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Spill, "_path", lambda spill, key: Path("/dev/full"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda prefix: Path("/dev/full").open("w+b"))
+    model = build(32, 1)
+    before = model.head.weight
+    for fill in (lambda: Spill().append("x", torch.ones(5, 3)), lambda: paged(model)):
+        with pytest.raises(StorageError, match="temporary folder .*: No space left on device; .* set TMPDIR"):
+            fill()
+    assert model.head.weight is before and bool(before.isfinite().all())
 
 
 def test_a_shelf_gives_back_what_was_put_there() -> None:
