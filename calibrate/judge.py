@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lampq_rt.calibrate.distributed import SINGLE, UNIT, Shard
+from lampq_rt.memory import trim
 from lampq_rt.simulate import Simulation
 
 TEMPERATURE = 1.5
@@ -112,8 +113,11 @@ class Judge:
 def answer(simulation: Simulation, images: Tensor, view: int = 0, shard: Shard = SINGLE) -> Tensor:
     """fp32 logits [n, classes] of `simulation` as it is set, to all processes' images in that view, on its device."""
     device = next(simulation.parameters()).device
-    batches = (shifted(batch, view).to(device) for batch in images.split(UNIT))
-    return shard.gather(torch.cat([simulation(batch).flatten(1).float() for batch in batches]))
+    logits = []
+    for batch in images.split(UNIT):
+        logits.append(simulation(shifted(batch, view).to(device)).flatten(1).float())
+        trim()  # else holes of the passes before stay in memory beneath the next one's activations
+    return shard.gather(torch.cat(logits))
 
 
 def views(count: int, size: tuple[int, int]) -> int:

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lampq_rt.calibrate.distributed import UNIT
+from lampq_rt.memory import trim
 from lampq_rt.simulate import Simulation
 
 
@@ -57,6 +58,7 @@ class Replay:
                         stream = self.streams[first][number]
                         hooks.callback(self.blocks[first].register_forward_pre_hook(_giving(stream)).remove)
                     logits.append(self.simulation(batch.to(device)).flatten(1).float())
+                trim()
         finally:
             for block in self.blocks[:first]:
                 del block.forward
