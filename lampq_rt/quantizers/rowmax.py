@@ -30,7 +30,7 @@ class RowMax:
     ) -> Tensor:
         """Quantise and return to [0, 1], fp32."""
         top = float(2**bits - 1)
-        return (x * top).round().div(top)
+        return (x * top).round_().div_(top)
 
 
 QUANTIZERS.register("rowmax")(RowMax())
