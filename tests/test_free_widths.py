@@ -210,12 +210,13 @@ def test_errors_of_attention_foretell_its_divergence(calibration: Calibration) -
 
 
 def test_attention_is_judged_past_the_quantised_model_around_it(calibration: Calibration) -> None:
-    """In context the simulation keeps what it is set to, and no hook stays."""
+    """In context the simulation keeps what it is set to, and no hook stays but those that were there."""
     m, evidence = calibration.measurements, calibration.evidence("output-error", 4, free=True)
+    hooks = [dict(module._forward_hooks) for module in m.simulation.modules()]
     found = evidence.attention_context
     assert set(found) == {"blocks.0.attn.qk", "blocks.0.attn.pv"} and found != evidence.attention
     assert all(m.simulation.module(s.name).params is None for s in m.description.sites)
-    assert not any(module._forward_hooks for module in m.simulation.modules())
+    assert [dict(module._forward_hooks) for module in m.simulation.modules()] == hooks
     assert attention.errors(m.simulation, m.images, evidence._matmuls(), seed=0) == evidence.attention
 
 
