@@ -1,7 +1,7 @@
 """From observations to the steps of every site at every width, which metrics and allocation choose from.
 
 Weights are quantised first (`search.weight_mse`), then the input's range is searched against the quantised weight, so
-that the table holds what will run. Sites do not see each other's quantisation: all observations are of the
+that what is found is what will run. Sites do not see each other's quantisation: all observations are of the
 floating-point model.
 """
 
